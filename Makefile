@@ -1,0 +1,59 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Both set everything up first.
+
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.m1jax-setup
+# Two workers fill a small machine; the compiled programs are kept, so that the second run is quicker.
+PYTEST := JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format bench
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## virtual environment in $(VENV); PYTHON=/path/to/python and VENV=folder override
+
+demo: setup  ## SFT, then CISPO, then the before/after table: some ten minutes on two cores
+	$(RUN) -m experiments.demo.run --workdir=runs/demo
+
+test: setup  ## the fast suite
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: setup  ## the tests that take longer
+	$(PYTEST) -m "slow and not gpu"
+
+lint: setup  ## format, rules, types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) -m pyright --pythonpath $(RUN)
+
+format: setup  ## put the code into the form that lint asks for
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+bench: setup  ## seconds by stage, lightning core against length, tokens per second
+	$(RUN) -m experiments.bench
+
+# Made again when pyproject.toml changes. Python 3.11 is tried first: the numbers in the READMEs come from it.
+$(STAMP): pyproject.toml
+	@set -eu; \
+	new_enough='import sys; sys.exit(sys.version_info < (3, 11))'; \
+	python=''; \
+	for candidate in $(or $(PYTHON),python3.11 python3.12 python3); do \
+	    if "$$candidate" -c "$$new_enough" 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "m1jax needs Python 3.11 or newer, found none; install it, or name one: make setup PYTHON=/path/to/python3" >&2; \
+	    exit 2; \
+	fi; \
+	extras='.[test,dev]'; \
+	echo "setting up $(VENV) with $$("$$python" --version); minutes the first time"; \
+	if command -v uv >/dev/null 2>&1; then \
+	    "$(RUN)" -c "$$new_enough" 2>/dev/null || uv venv --quiet --clear --python "$$("$$python" -c 'import sys; print(sys.executable)')" "$(VENV)"; \
+	    uv pip install --quiet --python "$(RUN)" -e "$$extras"; \
+	else \
+	    "$(RUN)" -c "$$new_enough" 2>/dev/null || "$$python" -m venv --clear "$(VENV)"; \
+	    "$(RUN)" -m pip install --quiet --disable-pip-version-check -e "$$extras"; \
+	fi; \
+	touch "$@"

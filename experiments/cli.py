@@ -1,0 +1,233 @@
+"""What every entry point shares: the command line, one line instead of a traceback, exit codes, the compile cache.
+
+    python -m experiments.train_rl --config=configs/rl_tiny_cpu.py[:smoke] --workdir=DIR [--init_from=CHECKPOINT]
+                                   [--config.loss.weight_cap=5] [--config.name=VALUE ...]
+
+    exit code  0   done                                 75   SIGTERM: saved, a scheduler may start it again
+               1   a number was not finite              130  Ctrl-C: saved
+               2   a mistake of the user's: one line on stderr
+
+A config file is Python with `get_config([argument])` that returns an `ml_collections.ConfigDict` of plain values.
+Overrides are laid over it here, as literals; whether a key exists and what type it has is judged in one place for
+the file and the command line alike, by the dataclasses (`m1jax.config.build`). `ml_collections.config_flags` would
+type an override by the value in the file instead: a None there could not be overridden, nor 5 by 2.5.
+Which entry point calls, and what it does with its config, is not known here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ml_collections import ConfigDict
+
+from m1jax.errors import NonFinite, UserError
+from m1jax.train.interrupt import Interrupted
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A parsed command line.
+
+    Attributes:
+        config: nested plain values: the config file with the overrides laid over it. Not yet validated.
+        workdir: the run folder.
+        init_from: a run folder or checkpoint to take parameters from, or None.
+    """
+
+    config: dict[str, Any]
+    workdir: Path
+    init_from: Path | None
+
+
+def run(main: Callable[[Arguments], None], default_config: str | None = None) -> NoReturn:
+    """Parse the command line, call `main`, leave the process with the right exit code.
+
+    Args:
+        main: the entry point's own work.
+        default_config: what --config is where the command line leaves it out; None demands it.
+    """
+    argv = sys.argv[1:]
+    sys.exit(guard(lambda: main(parse(argv, default_config)), resume=_command(argv)))
+
+
+def guard(body: Callable[[], None], resume: str = "") -> int:
+    """The exit code of `body`; what a user can act on becomes one line on stderr, bugs keep their traceback.
+
+    Args:
+        body: what to run.
+        resume: the command that continues it.
+    """
+    use_compile_cache()
+    from jax.errors import JaxRuntimeError
+
+    try:
+        body()
+        return 0
+    except Interrupted as stop:
+        return _say(f"stopped and saved; resume with: {resume}", stop.exit_code)
+    except KeyboardInterrupt:
+        return _say(f"stopped at once; resume from the last checkpoint with: {resume}", 130)
+    except UserError as error:
+        return _say(f"error: {error}", 2)
+    except NonFinite as error:
+        return _say(f"error: {error}", 1)
+    except (JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        detail = str(error).strip().split("\n")[0][:160]
+        return _say(f"error: out of memory: lower config.update.micro_batch_rows and run again ({detail})", 2)
+    except OSError as error:
+        from m1jax.train.checkpoint import is_disk_full
+
+        if not is_disk_full(error):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        return _say(f"error: no space left on the disk{where}; the last good checkpoint stays", 2)
+
+
+def parse(argv: Sequence[str], default_config: str | None = None) -> Arguments:
+    """The arguments of a command line; `default_config` stands in for a --config that is not there.
+
+    Raises:
+        UserError: an unknown flag, a missing or broken config file, an override that is no `--config.key=value`.
+    """
+    overrides = [word for word in argv if word.startswith(("--config.", "-config."))]
+    parser = _Parser(allow_abbrev=False, description="See configs/README.md for the configs and what they need.")
+    needed = default_config is None
+    about = "config file; :smoke shrinks it"
+    parser.add_argument("--config", required=needed, default=default_config, metavar="FILE.py[:ARGUMENT]", help=about)
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="run folder; an existing one is resumed")
+    parser.add_argument("--init_from", metavar="PATH", help="run folder or checkpoint to take parameters from")
+    parser.epilog = "Any value of the config: --config.section.key=VALUE"
+    known = parser.parse_args([word for word in argv if word not in overrides])
+    config = load_config(known.config)
+    for word, value in _gather(overrides).items():
+        _lay(config, word, value)
+    return Arguments(config, Path(known.workdir), Path(known.init_from) if known.init_from else None)
+
+
+def load_config(spec: str) -> dict[str, Any]:
+    """Plain values of a config file named "path.py" or "path.py:argument".
+
+    Raises:
+        UserError: no such file, an exception in it, or no ConfigDict out of it.
+    """
+    name, _, argument = spec.partition(":")
+    path = Path(name).absolute()
+    if not path.is_file():
+        raise UserError(f"{name}: no such config file")
+    try:
+        module_spec = importlib.util.spec_from_file_location("config_file", path)
+        if module_spec is None or module_spec.loader is None:
+            raise UserError(f"{name}: a config is a Python file, its name ends in .py")
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{spec}: {type(error).__name__}: {_first_line(error)}{_where(error, path)}") from error
+    if not isinstance(config, Mapping | ConfigDict):
+        raise UserError(f"{spec}: get_config() returned {type(config).__name__}, expected a ConfigDict")
+    return _plain(config)
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs between processes, in $M1JAX_CACHE or ~/.cache/m1jax: the second start is quick."""
+    import jax
+
+    folder = Path(os.environ.get("M1JAX_CACHE") or Path.home() / ".cache" / "m1jax")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are UserErrors: one line, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def _gather(words: Sequence[str]) -> dict[str, list[str]]:
+    """`{dotted key: texts}` of the overrides, in the order given."""
+    result: dict[str, list[str]] = {}
+    for word in words:
+        key, equals, text = word.lstrip("-").removeprefix("config.").partition("=")
+        if not equals or not all(key.split(".")):
+            raise UserError(f"{word}: write an override as --config.section.key=VALUE")
+        result.setdefault(key, []).append(text)
+    return result
+
+
+def _lay(config: dict[str, Any], key: str, texts: list[str]) -> None:
+    """Set one dotted key in nested values; a key that is new here is left for the dataclasses to judge."""
+    *parents, last = key.split(".")
+    section = config
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise UserError(f"config.{key}: {parent} is a value, not a section")
+    present = section.get(last)
+    if isinstance(present, str):
+        section[last] = texts[-1]
+    elif isinstance(present, list | tuple):
+        values = [_literal(text) for text in texts]
+        # One text may be the whole tuple; several, or one that is no tuple, are its entries.
+        whole = len(values) == 1 and isinstance(values[0], list | tuple)
+        section[last] = tuple(values[0]) if whole else tuple(values)
+    else:
+        section[last] = _literal(texts[-1])
+
+
+def _literal(text: str) -> Any:
+    """The Python value that a text spells, true and false included; else the text itself."""
+    try:
+        return ast.literal_eval(text.capitalize() if text in ("true", "false", "none") else text)
+    except (ValueError, SyntaxError, TypeError):
+        return text
+
+
+def _plain(value: Any) -> Any:
+    """ConfigDicts, at any depth, as dicts."""
+    if isinstance(value, Mapping | ConfigDict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+def _where(error: BaseException, path: Path) -> str:
+    """ ", line N" of the deepest frame of `error` inside the config file."""
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    lines, trace = [], error.__traceback__
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename) == path:
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The shell line that started this process."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+    return shlex.join(["python", *program, *argv])
+
+
+def _say(line: str, code: int) -> int:
+    print(" ".join(line.split("\n")), file=sys.stderr, flush=True)
+    return code

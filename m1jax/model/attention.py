@@ -1,0 +1,50 @@
+"""A softmax-attention layer's mixing block: grouped queries, partial rotary embedding, blocked causal attention."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+
+from m1jax.model.config import ModelConfig
+from m1jax.model.layers import rotate, weight
+from m1jax.pallas_kernels.softmax_attention import softmax_attention
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal attention of N query heads over K key/value heads; query head n reads kv head n // (N / K)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        u_MD: jax.Array,
+        cache: dict[str, jax.Array] | None,
+        positions_BT: jax.Array,
+        segment_ids_BT: jax.Array,
+        slots: tuple[jax.Array, jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
+        """`slots` with a cache: (slot the tokens go to, slot positions [B, S], slot segments [B, S])."""
+        c = self.config
+        (B, T), D, N, K, H = segment_ids_BT.shape, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        w_q = weight(self, "query", (D, N, H), ("embed", "heads", "head_dim"), c)
+        w_k = weight(self, "key", (D, K, H), ("embed", "kv_heads", "head_dim"), c)
+        w_v = weight(self, "value", (D, K, H), ("embed", "kv_heads", "head_dim"), c)
+        w_out = weight(self, "out", (N, H, D), ("heads", "head_dim", "embed"), c)
+
+        q_BTNH = rotate((u_MD @ w_q.reshape(D, -1)).reshape(B, T, N, H), positions_BT, c.rotary_dim, c.rope_theta)
+        k_BTKH = rotate((u_MD @ w_k.reshape(D, -1)).reshape(B, T, K, H), positions_BT, c.rotary_dim, c.rope_theta)
+        v_BTKH = (u_MD @ w_v.reshape(D, -1)).reshape(B, T, K, H)
+        if cache is None or slots is None:
+            k_BSKH, v_BSKH, k_positions_BS, k_segments_BS = k_BTKH, v_BTKH, positions_BT, segment_ids_BT
+        else:
+            first_slot, k_positions_BS, k_segments_BS = slots
+            k_BSKH = jax.lax.dynamic_update_slice(cache["keys"], k_BTKH, (0, first_slot, 0, 0))
+            v_BSKH = jax.lax.dynamic_update_slice(cache["values"], v_BTKH, (0, first_slot, 0, 0))
+            cache = {"keys": k_BSKH, "values": v_BSKH}
+        o_BTNH = softmax_attention(
+            q_BTNH, k_BSKH, v_BSKH,
+            q_positions_BT=positions_BT, k_positions_BS=k_positions_BS,
+            q_segment_ids_BT=segment_ids_BT, k_segment_ids_BS=k_segments_BS, block=c.attention_block,
+        )  # fmt: skip
+        return o_BTNH.reshape(B * T, N * H) @ w_out.reshape(-1, D), cache

@@ -1,0 +1,90 @@
+"""What decoding remembers: one pytree for both kinds of layer.
+
+A lightning layer remembers a state of constant size, a softmax layer one key and one value per slot. All rows share
+the slot they write next, so that a decode step writes a column instead of scattering; padding leaves dead slots
+behind, and every slot carries its own true position.
+
+    slots     0 1 2 3 4 5 6 7 8 ...
+    row 0     p p p p . . g g g        p prompt, g generated, . dead (padding of the prompt)
+    row 1     p p p p p p g g          lengths = live slots = position of the next token
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from m1jax.model.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """The memory of B sequences. `layers` follows the pattern's runs; its leading axes are (periods, run length).
+
+    Attributes:
+        layers: per run a dict: lightning {"state": float32 [periods, run, B, N, H, H]}, softmax {"keys", "values":
+            [periods, run, B, S, K, H] in the compute dtype}.
+        slot_positions: int32 [B, S], position of the token in each slot.
+        slot_segments: int32 [B, S], 1 where a slot is live, else 0.
+        next_slot: int32 [], the slot that the next call writes first.
+        lengths: int32 [B], live tokens so far.
+    """
+
+    layers: tuple[dict[str, jax.Array], ...]
+    slot_positions: jax.Array
+    slot_segments: jax.Array
+    next_slot: jax.Array
+    lengths: jax.Array
+
+
+def empty(config: ModelConfig, rows: int, slots: int) -> Cache:
+    """A cache of zeros for `rows` sequences of at most `slots` tokens, padding included."""
+    state_dtype = jnp.promote_types(config.dtype, jnp.float32)
+    layers = []
+    for kind, count in config.runs:
+        lead = (config.num_periods, count, rows)
+        if kind == "lightning":
+            shape = (*lead, config.num_heads, config.head_dim, config.head_dim)
+            layers.append({"state": jnp.zeros(shape, state_dtype)})
+        else:
+            shape = (*lead, slots, config.num_kv_heads, config.head_dim)
+            layers.append({"keys": jnp.zeros(shape, config.dtype), "values": jnp.zeros(shape, config.dtype)})
+    return Cache(
+        layers=tuple(layers),
+        slot_positions=jnp.zeros((rows, slots), jnp.int32),
+        slot_segments=jnp.zeros((rows, slots), jnp.int32),
+        next_slot=jnp.zeros((), jnp.int32),
+        lengths=jnp.zeros((rows,), jnp.int32),
+    )
+
+
+def claim_slots(cache: Cache, segment_ids_BT: jax.Array) -> tuple[Cache, jax.Array]:
+    """Mark the next T slots as these tokens'; return the cache and the tokens' positions int32 [B, T].
+
+    Keys and values of the slots are written layer by layer afterwards.
+    """
+    live_BT = (segment_ids_BT > 0).astype(jnp.int32)
+    positions_BT = jnp.maximum(cache.lengths[:, None] + jnp.cumsum(live_BT, axis=1) - 1, 0)
+    write = lambda table_BS, new_BT: jax.lax.dynamic_update_slice(table_BS, new_BT, (0, cache.next_slot))  # noqa: E731
+    return Cache(
+        layers=cache.layers,
+        slot_positions=write(cache.slot_positions, positions_BT),
+        slot_segments=write(cache.slot_segments, live_BT),
+        next_slot=cache.next_slot + segment_ids_BT.shape[1],
+        lengths=cache.lengths + live_BT.sum(axis=1),
+    ), positions_BT
+
+
+def repeat_rows(cache: Cache, repeats: int) -> Cache:
+    """Every row `repeats` times, consecutively: the responses to one prompt start from one prefill."""
+    again = lambda axis: lambda x: jnp.repeat(x, repeats, axis=axis)  # noqa: E731
+    return Cache(
+        layers=jax.tree.map(again(2), cache.layers),
+        slot_positions=again(0)(cache.slot_positions),
+        slot_segments=again(0)(cache.slot_segments),
+        next_slot=cache.next_slot,
+        lengths=again(0)(cache.lengths),
+    )

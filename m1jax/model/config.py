@@ -1,0 +1,102 @@
+"""The shape of a decoder, as data: one frozen record that every part of the model reads its own fields from.
+
+It knows no arrays. The numbers of MiniMax-M1 stand beside each field; a config file chooses others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+LAYER_KINDS = ("lightning", "softmax")
+REMAT = ("none", "layer")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A hybrid lightning/softmax mixture-of-experts decoder (MiniMax-M1's released config.json in brackets).
+
+    Attributes:
+        vocab_size: rows of the embedding and columns of the LM head [200,064].
+        num_layers: decoder layers; a multiple of the pattern's length [80].
+        hidden_size: residual width D [6144].
+        num_heads: query heads N, also the heads of lightning layers [64].
+        num_kv_heads: key/value heads K of softmax layers; divides num_heads [8].
+        head_dim: head width H; N * H need not equal D [128].
+        rotary_dim: leading channels of each head that rotate in softmax layers; even [64].
+        num_experts, experts_per_token, expert_dim: E, A and F of the mixture of experts [32, 2, 9216].
+        lightning_alpha, softmax_alpha, mlp_alpha: weight of the (normalised) residual branch
+            [(2 * 80) ** (1/4) = 3.5566, DeepNorm].
+        lightning_beta, softmax_beta, mlp_beta: weight of the attention and expert branches [1].
+        layer_pattern: kinds of one period, repeated to num_layers [7 lightning, then 1 softmax].
+        rope_theta: base of the rotary frequencies [1e7].
+        norm_eps: eps of the layer norms and of the final norm [1e-5].
+        lightning_norm_eps: eps of the norm over all heads inside lightning attention [1e-6, the reference code's
+            default argument, which ignores rms_norm_eps].
+        init_std: standard deviation of every weight matrix and of the embedding at initialisation [0.02].
+        dtype: dtype of activations and of the matrix products. Norms, router, decay, states, softmax and the LM
+            head are at least float32 whatever this says.
+        param_dtype: dtype of the stored parameters; router gates are at least float32.
+        remat: "none", or "layer" to keep only each layer's input for the backward pass.
+        lightning_chunk: chunk length of the lightning recurrence in training and prefill.
+        attention_block: block length of softmax attention.
+    """
+
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    num_experts: int
+    experts_per_token: int
+    expert_dim: int
+    lightning_alpha: float
+    softmax_alpha: float
+    mlp_alpha: float
+    lightning_beta: float = 1.0
+    softmax_beta: float = 1.0
+    mlp_beta: float = 1.0
+    layer_pattern: tuple[str, ...] = ("lightning",) * 7 + ("softmax",)
+    rope_theta: float = 1e7
+    norm_eps: float = 1e-5
+    lightning_norm_eps: float = 1e-6
+    init_std: float = 0.02
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    lightning_chunk: int = 128
+    attention_block: int = 128
+
+    def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim",
+                     "num_experts", "experts_per_token", "expert_dim", "lightning_chunk", "attention_block"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+        if unknown := set(self.layer_pattern) - set(LAYER_KINDS):
+            raise ValueError(f"layer_pattern: {sorted(unknown)} unknown; choose from {LAYER_KINDS}")
+        if not self.layer_pattern or self.num_layers % len(self.layer_pattern):
+            raise ValueError(
+                f"num_layers: {self.num_layers} is not a multiple of the {len(self.layer_pattern)} layers of layer_pattern"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")
+        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
+            raise ValueError(f"rotary_dim: {self.rotary_dim} must be even and at most head_dim {self.head_dim}")
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(f"experts_per_token: {self.experts_per_token} exceeds num_experts {self.num_experts}")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16", "float64"):
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be float32, bfloat16 or float64")
+        if self.remat not in REMAT:
+            raise ValueError(f"remat: {self.remat!r} must be one of {REMAT}")
+
+    @property
+    def num_periods(self) -> int:
+        return self.num_layers // len(self.layer_pattern)
+
+    @property
+    def runs(self) -> tuple[tuple[str, int], ...]:
+        """The pattern as runs of equal layers, ("lightning", 7), ("softmax", 1): each run is one scan."""
+        return tuple((kind, len(tuple(group))) for kind, group in groupby(self.layer_pattern))

@@ -1,0 +1,58 @@
+"""The small pieces that both kinds of layer use: parameters with logical axes, RMSNorm, rotary embedding.
+
+Everything works on tokens flattened to rows, [M, D] with M = B * T: XLA on a CPU takes more than twice as long for
+the backward pass of the same products in three dimensions.
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from m1jax.model.config import ModelConfig
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """x in float32, or in float64 where it already is (the exact tests run there)."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def weight(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig
+) -> jax.Array:
+    """A weight matrix of `module`, N(0, init_std), in the compute dtype; `axes` are its logical axis names."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), axes)
+    return module.param(name, init, shape, jnp.dtype(config.param_dtype)).astype(config.dtype)
+
+
+class RMSNorm(nn.Module):
+    """w * cast(v / sqrt(mean(v^2) + eps)) over the last axis; the cast to v's dtype comes before the product with w."""
+
+    config: ModelConfig
+    eps: float
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, v_MD: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
+        scale_D = self.param("scale", init, (v_MD.shape[-1],), jnp.dtype(self.config.param_dtype))
+        v32_MD = at_least_float32(v_MD)
+        normed_MD = v32_MD * jax.lax.rsqrt(jnp.mean(v32_MD**2, axis=-1, keepdims=True) + self.eps)
+        return normed_MD.astype(self.config.dtype) * scale_D.astype(self.config.dtype)
+
+
+def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int, theta: float) -> jax.Array:
+    """Partial rotary embedding: the first `rotary_dim` channels turn by position, the others pass.
+
+    Half-split pairs (j, j + rotary_dim/2) with angle position * theta ** (-2j / rotary_dim). Angles and products in
+    float32: bfloat16 rounds position 257 to 256.
+    """
+    half = rotary_dim // 2
+    dtype = jnp.promote_types(x_BTNH.dtype, jnp.float32)
+    frequency_h = theta ** (-jnp.arange(half, dtype=dtype) / half)
+    angle_BT1h = positions_BT[:, :, None, None].astype(dtype) * frequency_h
+    cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+    first, second = x_BTNH[..., :half].astype(dtype), x_BTNH[..., half:rotary_dim].astype(dtype)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([turned.astype(x_BTNH.dtype), x_BTNH[..., rotary_dim:]], axis=-1)

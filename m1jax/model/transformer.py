@@ -1,0 +1,188 @@
+"""The decoder: embedding, periods of lightning and softmax layers under a scan, final norm, float32 head.
+
+Pure functions over a parameter tree:
+
+    params = init(key, config)
+    hidden_MD, cache, router = hidden_states(params, config, tokens_BT, segment_ids_BT)        # training
+    hidden_MD, cache, router = hidden_states(params, config, tokens_BT, segment_ids_BT, cache) # prefill and decode
+    logits_MV = head(params, hidden_MD)
+
+One layer, post-norm with DeepNorm weights (the residual carries the *normalised* tensor, so no raw skip path crosses
+the stack and the embedding is normalised before layer 0):
+
+    u  = RMSNorm(h);   a  = alpha * u + beta * Attention(u)
+    v  = RMSNorm(a);   h' = alpha * v + beta * Experts(v)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from m1jax.model import cache as cache_lib
+from m1jax.model.attention import SoftmaxAttention
+from m1jax.model.cache import Cache
+from m1jax.model.config import ModelConfig
+from m1jax.model.layers import RMSNorm, at_least_float32
+from m1jax.model.lightning import LightningAttention
+from m1jax.model.moe import MixtureOfExperts
+from m1jax.pallas_kernels.lightning_attention.slopes import slopes
+from m1jax.types import Params
+
+
+class Layer(nn.Module):
+    """One decoder layer of the given kind. Carry h_MD; per layer its slopes and its part of the cache."""
+
+    config: ModelConfig
+    kind: str
+
+    @nn.compact
+    def __call__(self, h_MD, slopes_N, cache, context):
+        c = self.config
+        positions_BT, segment_ids_BT, slots = context
+        u_MD = RMSNorm(c, c.norm_eps, name="norm_attention")(h_MD)
+        if self.kind == "lightning":
+            alpha, beta = c.lightning_alpha, c.lightning_beta
+            y_MD, cache = LightningAttention(c, name="attention")(u_MD, slopes_N, cache, segment_ids_BT)
+        else:
+            alpha, beta = c.softmax_alpha, c.softmax_beta
+            y_MD, cache = SoftmaxAttention(c, name="attention")(u_MD, cache, positions_BT, segment_ids_BT, slots)
+        a_MD = alpha * u_MD + beta * y_MD
+        v_MD = RMSNorm(c, c.norm_eps, name="norm_experts")(a_MD)
+        y_MD, router = MixtureOfExperts(c, name="experts")(v_MD, segment_ids_BT.reshape(-1) > 0)
+        return c.mlp_alpha * v_MD + c.mlp_beta * y_MD, (cache, router)
+
+
+class Period(nn.Module):
+    """The layers of one period, each run of equal kind under its own scan."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, h_MD, slopes_by_run, cache_by_run, context):
+        c = self.config
+        layer = nn.remat(Layer, prevent_cse=False) if c.remat == "layer" else Layer
+        caches, routers = [], []
+        for i, (kind, count) in enumerate(c.runs):
+            run = _scanned(layer, count, "layers")(c, kind, name=f"{i}_{kind}")
+            h_MD, (cache, router) = run(h_MD, slopes_by_run[i], cache_by_run[i], context)
+            caches.append(cache)
+            routers.append(router)
+        return h_MD, (tuple(caches), tuple(routers))
+
+
+class Decoder(nn.Module):
+    """Embedding, periods, final norm; it owns the head's weight but does not apply it (see `head`)."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT, context, cache_by_run):
+        c = self.config
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
+        table_VD = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.dtype(c.param_dtype))
+        init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("embed", "vocab"))
+        self.param("head", init, (c.hidden_size, c.vocab_size), jnp.dtype(c.param_dtype))
+
+        h_MD = table_VD[tokens_BT.reshape(-1)].astype(c.dtype)
+        periods = _scanned(Period, c.num_periods, "periods")(c, name="periods")
+        h_MD, (caches, routers) = periods(h_MD, _slopes_by_run(c), cache_by_run, context)
+        return RMSNorm(c, c.norm_eps, name="norm_final")(h_MD), caches, routers
+
+
+def _scanned(module: Any, length: int, axis_name: str) -> Any:
+    return nn.scan(
+        module,
+        length=length,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, 0, nn.broadcast),
+        metadata_params={nn.PARTITION_NAME: axis_name},
+    )
+
+
+def _slopes_by_run(config: ModelConfig) -> tuple[jax.Array | None, ...]:
+    """Per run the decay slopes [periods, run, N] by *global* layer index, None for softmax runs."""
+    first, table = 0, []
+    for kind, count in config.runs:
+        if kind == "softmax":
+            table.append(None)
+        else:
+            layer_index = [
+                [period * len(config.layer_pattern) + first + i for i in range(count)]
+                for period in range(config.num_periods)
+            ]
+            rows = [[slopes(config.num_heads, i, config.num_layers) for i in row] for row in layer_index]
+            table.append(jnp.asarray(np.array(rows)))
+        first += count
+    return tuple(table)
+
+
+def _boxed_init(key: jax.Array, config: ModelConfig) -> Any:
+    one_BT = jnp.ones((1, 1), jnp.int32)
+    context = (one_BT, one_BT, None)
+    return Decoder(config).init(key, one_BT, context, (None,) * len(config.runs))["params"]
+
+
+def init(key: jax.Array, config: ModelConfig) -> Params:
+    """Parameters drawn N(0, init_std), norms 1, as a tree of plain arrays stacked [periods, run, ...]."""
+    return nn.meta.unbox(_boxed_init(key, config))
+
+
+def logical_axes(config: ModelConfig) -> Any:
+    """The tree of `init` with, for every parameter, its PartitionSpec of logical axis names."""
+    return nn.get_partition_spec(jax.eval_shape(lambda key: _boxed_init(key, config), jax.random.key(0)))
+
+
+def hidden_states(
+    params: Params, config: ModelConfig, tokens_BT: jax.Array, segment_ids_BT: jax.Array, cache: Cache | None = None
+) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+    """Run the decoder up to the final norm.
+
+    Args:
+        params: from `init`.
+        config: the same that made `params`.
+        tokens_BT: int32 token ids.
+        segment_ids_BT: int32, 0 on padding, else the packed segment's number. With a cache: 0 or 1.
+        cache: memory of the rows' earlier tokens, or None to start (and end) without one.
+
+    Returns:
+        hidden_MD [B * T, D] in the compute dtype, the grown cache (None without one), and router statistics averaged
+        over layers: {"balance_loss": [], "expert_load": [E]}.
+    """
+    if cache is None:
+        positions_BT = positions_in_segments(segment_ids_BT)
+        context, by_run = (positions_BT, segment_ids_BT, None), (None,) * len(config.runs)
+    else:
+        first_slot = cache.next_slot
+        cache, positions_BT = cache_lib.claim_slots(cache, segment_ids_BT)
+        slots = (first_slot, cache.slot_positions, cache.slot_segments)
+        context, by_run = (positions_BT, segment_ids_BT, slots), cache.layers
+    hidden_MD, layers, routers = Decoder(config).apply({"params": params}, tokens_BT, context, by_run)
+    if cache is not None:
+        cache = Cache(layers, cache.slot_positions, cache.slot_segments, cache.next_slot, cache.lengths)
+    per_layer = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), router) for router in routers]
+    router = jax.tree.map(lambda *runs: jnp.concatenate(runs).mean(axis=0), *per_layer)
+    return hidden_MD, cache, router
+
+
+def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
+    """int32 [B, T]: each token's distance from its segment's start, counted in live tokens."""
+    live_BT = segment_ids_BT > 0
+    before_BT = jnp.cumsum(live_BT, axis=1) - live_BT
+    starts_BT = segment_ids_BT != jnp.pad(segment_ids_BT, ((0, 0), (1, 0)))[:, :-1]
+    origin_BT = jax.lax.cummax(jnp.where(starts_BT & live_BT, before_BT, 0), axis=1)
+    return (before_BT - origin_BT).astype(jnp.int32)
+
+
+def head(params: Params, hidden_MD: jax.Array) -> jax.Array:
+    """logits_MV, weights and product in at least float32 whatever the model's dtype.
+
+    MiniMax-M1 (section 3.2) traced the gap between trainer and engine probabilities to a bfloat16 head.
+    """
+    w_DV = at_least_float32(params["head"])
+    return jnp.dot(at_least_float32(hidden_MD), w_DV, precision=jax.lax.Precision.HIGHEST)

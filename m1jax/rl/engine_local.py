@@ -1,0 +1,193 @@
+"""The rollout engine that lives in this process: prompts to sampled responses in one jitted call.
+
+It knows token ids, not text, tasks or rewards. Every prompt is prefilled once and its cache repeated for the R
+responses; a while-loop then samples one token per row and step until all rows have ended. Shapes are static (prompts
+padded to one bucket, rows to one count), so that a run compiles each sampling setting once.
+
+The noise of a token depends on (seed, prompt index, sample, position) alone: a prompt gets the same responses in any
+batch. `rollout_logprobs` are always of the full softmax at the sampling temperature, whatever top-p or top-k cut away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from m1jax.errors import UserError
+from m1jax.model import cache as cache_lib
+from m1jax.model.config import ModelConfig
+from m1jax.model.transformer import head, hidden_states
+from m1jax.sharding import DATA, check_rows
+from m1jax.types import ENDINGS, Params, Prompt, Rollout, Sampling
+
+
+class LocalEngine:
+    """An `Engine` over this process's devices.
+
+    Args:
+        config: the decoder.
+        prompt_tokens: bucket that prompts are padded to; a longer prompt is refused.
+        rows: responses sampled at the same time; a multiple of the responses per prompt.
+        stop_ids: ids that end a response; the one that was sampled is part of it.
+    """
+
+    def __init__(self, config: ModelConfig, *, prompt_tokens: int, rows: int, stop_ids: Sequence[int], mesh: Mesh):
+        self.config, self.prompt_tokens, self.rows = config, prompt_tokens, rows
+        self.stop_ids = tuple(stop_ids)
+        self.params: Params = None
+        self.version = -1
+        self._sample = jax.jit(partial(self._sample_shards, mesh), static_argnames=("sampling", "responses"))
+
+    def set_weights(self, params: Params, version: int) -> None:
+        self.params, self.version = params, version
+
+    def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
+        per_call = max(self.rows // responses, 1)
+        rollouts: list[list[Rollout]] = []
+        for start in range(0, len(prompts), per_call):
+            chunk = prompts[start : start + per_call]
+            arrays = self._pad(chunk, per_call)
+            sampled = self._sample(self.params, *arrays, seed, sampling=sampling, responses=responses)
+            ids, logprobs, lengths, endings = (
+                np.asarray(x).reshape(per_call, responses, *x.shape[1:]) for x in sampled
+            )
+            for p, prompt in enumerate(chunk):
+                rollouts.append(
+                    [
+                        Rollout(
+                            prompt_index=prompt.index,
+                            sample=i,
+                            token_ids=ids[p, i, : lengths[p, i]].copy(),
+                            rollout_logprobs=logprobs[p, i, : lengths[p, i]].copy(),
+                            ending=ENDINGS[endings[p, i]],
+                            weight_version=self.version,
+                        )
+                        for i in range(responses)
+                    ]
+                )
+        return rollouts
+
+    def _sample_shards(self, mesh, params, tokens_PT, segment_ids_PT, prompt_index_P, seed, *, sampling, responses):
+        """`sample` with the prompts dealt out to the devices, each of which decodes its own rows to their end."""
+        local = partial(sample, config=self.config, sampling=sampling, responses=responses, stop_ids=self.stop_ids)
+        shard = jax.shard_map(
+            local, mesh=mesh, in_specs=(P(), P(DATA), P(DATA), P(DATA), P()), out_specs=P(DATA), check_vma=False
+        )
+        return shard(params, tokens_PT, segment_ids_PT, prompt_index_P, seed)
+
+    def _pad(self, prompts: Sequence[Prompt], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tokens_PT = np.zeros((count, self.prompt_tokens), np.int32)
+        segment_ids_PT = np.zeros((count, self.prompt_tokens), np.int32)
+        index_P = np.zeros((count,), np.uint32)
+        for p, prompt in enumerate(prompts):
+            length = len(prompt.token_ids)
+            if length > self.prompt_tokens:
+                raise UserError(
+                    f"prompt {prompt.index} of task {prompt.problem.task} has {length} tokens, more than the "
+                    f"prompt window of {self.prompt_tokens}; raise config.prompts.max_tokens"
+                )
+            tokens_PT[p, :length] = prompt.token_ids
+            segment_ids_PT[p, :length] = 1
+            index_P[p] = prompt.index
+        return tokens_PT, segment_ids_PT, index_P
+
+
+def sample(
+    params: Params,
+    tokens_PT: jax.Array,
+    segment_ids_PT: jax.Array,
+    prompt_index_P: jax.Array,
+    seed: int,
+    config: ModelConfig,
+    sampling: Sampling,
+    responses: int,
+    stop_ids: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Sample `responses` continuations of every prompt; rows are prompt-major, B = P * responses.
+
+    Args:
+        tokens_PT, segment_ids_PT: right-padded prompts; a row of zeros is a dummy and yields nothing.
+        prompt_index_P: uint32, names the prompt in the noise.
+
+    Returns:
+        ids_BS int32 and logprobs_BS float32 (S = sampling.max_tokens, zeros after the end), lengths_B int32, and
+        endings_B int32, an index into `m1jax.types.ENDINGS`.
+    """
+    P, T = tokens_PT.shape
+    B, S = P * responses, sampling.max_tokens
+
+    cache = cache_lib.empty(config, P, T + S)
+    hidden_MD, cache, _ = hidden_states(params, config, tokens_PT, segment_ids_PT, cache)
+    last_P = jnp.maximum(segment_ids_PT.sum(axis=1) - 1, 0)
+    hidden_PD = hidden_MD.reshape(P, T, -1)[jnp.arange(P), last_P]
+    logits_BV = jnp.repeat(head(params, hidden_PD), responses, axis=0)
+    cache = cache_lib.repeat_rows(cache, responses)
+
+    key_P = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), prompt_index_P)
+    key_BS = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(responses)))(key_P)
+    key_B = key_BS.reshape(B)
+
+    def step(carry):
+        t, cache, logits_BV, ids_BS, logprobs_BS, lengths_B, endings_B, run_B, live_B = carry
+        token_B, logprob_B = _sample_token(key_B, t, logits_BV, sampling)
+        ids_BS = ids_BS.at[:, t].set(jnp.where(live_B, token_B, 0))
+        logprobs_BS = logprobs_BS.at[:, t].set(jnp.where(live_B, logprob_B, 0.0))
+        lengths_B = lengths_B + live_B
+
+        run_B = jnp.where(jnp.exp(logprob_B) > sampling.repetition_probability, run_B + 1, 0)
+        stopped_B = jnp.isin(token_B, jnp.array(stop_ids, jnp.int32)) if stop_ids else jnp.zeros_like(live_B)
+        repeated_B = (run_B >= sampling.repetition_run) & (sampling.repetition_run > 0) & ~stopped_B
+        ended_B = live_B & (stopped_B | repeated_B)
+        endings_B = jnp.where(
+            ended_B, jnp.where(stopped_B, ENDINGS.index("stop"), ENDINGS.index("repetition")), endings_B
+        )
+        live_B = live_B & ~ended_B
+
+        hidden_BD, cache, _ = hidden_states(params, config, token_B[:, None], live_B[:, None].astype(jnp.int32), cache)
+        return t + 1, cache, head(params, hidden_BD), ids_BS, logprobs_BS, lengths_B, endings_B, run_B, live_B
+
+    zeros_B = jnp.zeros((B,), jnp.int32)
+    carry = (
+        jnp.zeros((), jnp.int32), cache, logits_BV, jnp.zeros((B, S), jnp.int32), jnp.zeros((B, S), jnp.float32),
+        zeros_B, jnp.full((B,), ENDINGS.index("length"), jnp.int32), zeros_B,
+        jnp.repeat(segment_ids_PT.any(axis=1), responses),
+    )  # fmt: skip
+    carry = jax.lax.while_loop(lambda carry: (carry[0] < S) & carry[-1].any(), step, carry)
+    _, _, _, ids_BS, logprobs_BS, lengths_B, endings_B, _, _ = carry
+    return ids_BS, logprobs_BS, lengths_B, endings_B
+
+
+def _sample_token(
+    key_B: jax.Array, t: jax.Array, logits_BV: jax.Array, sampling: Sampling
+) -> tuple[jax.Array, jax.Array]:
+    """One token per row by the Gumbel-max rule, and its log-probability under the full tempered softmax."""
+    if sampling.temperature == 0:
+        token_B = jnp.argmax(logits_BV, axis=-1)
+    else:
+        logits_BV = logits_BV / sampling.temperature
+        noise_BV = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, t), logits_BV.shape[1:]))(key_B)
+        token_B = jnp.argmax(truncate(logits_BV, sampling.top_p, sampling.top_k) + noise_BV, axis=-1)
+    chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
+    return token_B.astype(jnp.int32), (chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)).astype(jnp.float32)
+
+
+def truncate(logits_BV: jax.Array, top_p: float, top_k: int) -> jax.Array:
+    """-inf on all but the top-k ids and the smallest set of most probable ids with mass at least top-p."""
+    if top_k > 0:
+        kth_B1 = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    if top_p < 1:
+        descending_BV = -jnp.sort(-logits_BV, axis=-1)
+        mass_before_BV = jnp.cumsum(jax.nn.softmax(descending_BV, axis=-1), axis=-1) - jax.nn.softmax(
+            descending_BV, axis=-1
+        )
+        # An id stays while the mass of the more probable ones has not reached top-p; the first one always stays.
+        cutoff_B1 = jnp.min(jnp.where(mass_before_BV < top_p, descending_BV, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < cutoff_B1, -jnp.inf, logits_BV)
+    return logits_BV

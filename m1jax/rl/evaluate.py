@@ -1,0 +1,44 @@
+"""Held-out accuracy: the run's own engine and verifiers on problems that no run trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from m1jax.types import Engine, Prompt, Rollout, Sampling
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One held-out prompt with its response and whether it was right."""
+
+    prompt: Prompt
+    text: str
+    correct: bool
+
+
+def evaluate(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    seed: int,
+    score: Callable[[Sequence[Prompt], Sequence[Sequence[Rollout]]], tuple[Sequence[str], Sequence[float]]],
+) -> list[Answered]:
+    """Answer every prompt once.
+
+    Args:
+        engine, prompts, sampling, seed: what is asked of whom.
+        score: the reward stage, rollouts to (texts, correctness) in order.
+    """
+    rollouts = engine.generate(prompts, 1, sampling, seed)
+    texts, correct = score(prompts, rollouts)
+    return [Answered(p, t, c >= 1.0) for p, t, c in zip(prompts, texts, correct, strict=True)]
+
+
+def accuracy_by_task(answers: Sequence[Answered]) -> dict[str, tuple[int, int]]:
+    """Per task (right answers, answers), in the order of first appearance."""
+    table: dict[str, tuple[int, int]] = {}
+    for answer in answers:
+        right, n = table.get(answer.prompt.problem.task, (0, 0))
+        table[answer.prompt.problem.task] = (right + answer.correct, n + 1)
+    return table

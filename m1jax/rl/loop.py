@@ -1,0 +1,93 @@
+"""The RL loop. Each stage is a file of this folder, in the order of the lines of `train`.
+
+    result = train(config, "runs/mine")            # in a notebook as from the command line
+    result.summary["heldout"], result.metrics, result.params
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from m1jax.errors import NonFinite
+from m1jax.rl import evaluate as evaluation
+from m1jax.rl.advantage import group_advantages
+from m1jax.rl.batch import make_batch
+from m1jax.rl.monitors import rollout_metrics, update_metrics
+from m1jax.rl.run import Run, open_run
+from m1jax.rl.settings import RLConfig
+from m1jax.train.interrupt import Interrupted, StopSignal
+from m1jax.train.report import RunResult, load_run
+from m1jax.types import Params
+
+
+def train(
+    config: RLConfig, workdir: str | Path, params: Params | None = None, log: Callable[[str], None] = print
+) -> RunResult:
+    """Run, or resume, an RL run in `workdir` and return what it left there.
+
+    Args:
+        config: the whole run.
+        workdir: its folder; one that holds the same config is resumed at its last checkpoint.
+        params: start from these instead of `config.init_from`.
+        log: takes the lines meant for a person.
+
+    Raises:
+        UserError: something in the config, the data or the folder is the user's to mend.
+        NonFinite: the loss or a gradient is NaN or infinite; the last good checkpoint stays.
+        Interrupted: SIGTERM or Ctrl-C, after saving.
+    """
+    with open_run(config, workdir, params, log) as run, StopSignal() as stop:
+        if run.step == 0:
+            evaluate(run)
+        while run.step < config.steps:
+            with run.clock.stage("prompts"):
+                prompts = run.source.take(run.cursor, config.rollout.prompts)
+            with run.clock.stage("rollout"):
+                rollouts = run.engine.generate(prompts, config.rollout.responses, config.sampling, run.noise_seed)
+            with run.clock.stage("reward"):
+                scores = run.score(prompts, rollouts)
+            with run.clock.stage("batch"):
+                advantages_PR, live_P = group_advantages(scores.rewards_PR)
+                batch = make_batch(
+                    prompts, rollouts, advantages_PR, live_P, config.batch_shape, config.loss.aggregation
+                )
+            with run.clock.stage("update"):
+                run.state, device_metrics = run.update(run.state, batch)
+                trained = update_metrics(jax.device_get(device_metrics))
+            run.step, run.cursor = run.step + 1, run.cursor + len(prompts)
+            check_finite(run.step, trained)
+            with run.clock.stage("sync"):
+                run.engine.set_weights(run.state.params, run.step)
+            if run.step % config.evaluation.every == 0 or run.step == config.steps:
+                evaluate(run)
+            run.record(rollout_metrics(prompts, rollouts, scores.rewards_PR, scores.correct_PR, live_P)
+                       | scores.metrics | trained)  # fmt: skip
+            if run.step % config.checkpoint.every == 0 or run.step == config.steps or stop.requested:
+                run.save()
+            if stop.requested and run.step < config.steps:
+                raise Interrupted(stop.exit_code)
+        run.finish()
+    return load_run(workdir)
+
+
+def evaluate(run: Run) -> None:
+    """Held-out accuracy of the current weights; the first and the last one make the before/after table."""
+    with run.clock.stage("evaluate"):
+        answers = evaluation.evaluate(
+            run.engine, run.heldout, run.config.evaluation.sampling, run.noise_seed, run.score_heldout
+        )
+    run.record_heldout(answers, evaluation.accuracy_by_task(answers))
+
+
+def check_finite(step: int, metrics: dict[str, float]) -> None:
+    for name in ("train/loss", "train/grad_norm"):
+        if name in metrics and not np.isfinite(metrics[name]):
+            raise NonFinite(step, "update", name)
+
+
+__all__ = ["RLConfig", "asdict", "evaluate", "train"]

@@ -1,0 +1,122 @@
+"""Everything an RL run can be told, as one frozen record: the sections of a config file in the order of the loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from m1jax.data.settings import ProblemsConfig, TokenizerConfig
+from m1jax.model.config import ModelConfig
+from m1jax.rl.batch import BatchShape, UpdateConfig
+from m1jax.rl.loss import LossConfig
+from m1jax.train.optimizer import OptimizerConfig
+from m1jax.types import Sampling
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """One generation batch.
+
+    Attributes:
+        prompts: prompts of a generation batch, P.
+        responses: responses to each prompt, R (the group).
+        engine_rows: responses that the local engine samples at the same time; a multiple of `responses`.
+    """
+
+    prompts: int
+    responses: int
+    engine_rows: int
+
+    def __post_init__(self):
+        if self.prompts < 1:
+            raise ValueError(f"prompts: {self.prompts} must be at least 1")
+        if self.responses < 2:
+            raise ValueError(f"responses: {self.responses} leaves no group to compare with; choose at least 2")
+        if self.engine_rows % self.responses or self.engine_rows < 1:
+            raise ValueError(f"engine_rows: {self.engine_rows} is not a multiple of the {self.responses} responses")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """reward = correctness + format_weight * format, both 0 or 1.
+
+    Attributes:
+        format_weight: what keeping to `<think>..</think><answer>..</answer>` is worth.
+        workers: processes that run verifiers.
+        cpu_seconds: CPU time after which one verdict is given up (the response scores 0 and is counted).
+    """
+
+    format_weight: float = 0.1
+    workers: int = 2
+    cpu_seconds: float = 5.0
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out evaluation with the run's own engine and verifiers.
+
+    Attributes:
+        every: generation batches between evaluations; there is always one before the first and one after the last.
+        problems: held-out problems of each task, each answered once.
+        sampling: its own, since it may truncate where training may not.
+    """
+
+    every: int
+    problems: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save.
+
+    Attributes:
+        every: generation batches (RL) or updates (SFT) between checkpoints; the last one is always saved.
+        keep: how many are kept.
+    """
+
+    every: int = 10
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """An RL run.
+
+    Attributes:
+        seed: of parameters, order of prompts and sampling noise.
+        steps: generation batches.
+        tasks: comma-separated task specs (`m1jax.data.problems.parse_tasks`).
+        init_from: run folder or checkpoint folder whose parameters the run starts from; "" starts from random ones.
+    """
+
+    seed: int
+    steps: int
+    tasks: str
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    problems: ProblemsConfig
+    rollout: RolloutConfig
+    sampling: Sampling
+    reward: RewardConfig
+    loss: LossConfig
+    update: UpdateConfig
+    optimizer: OptimizerConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    init_from: str = ""
+
+    def __post_init__(self):
+        if self.sampling.top_p < 1 or self.sampling.top_k > 0:
+            raise ValueError(
+                f"sampling: top_p {self.sampling.top_p:g} and top_k {self.sampling.top_k} truncate the softmax on the "
+                f"engine's side only, which biases every importance ratio; train with top_p=1 and top_k=0 "
+                f"(evaluation.sampling may truncate)"
+            )
+        if self.sampling.temperature <= 0:
+            raise ValueError(f"sampling.temperature: {self.sampling.temperature} explores nothing; choose above 0")
+        _ = self.batch_shape
+
+    @property
+    def batch_shape(self) -> BatchShape:
+        window = self.problems.max_prompt_tokens + self.sampling.max_tokens
+        return BatchShape.of(self.update, self.rollout.prompts, self.rollout.responses, window)

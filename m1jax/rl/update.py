@@ -1,0 +1,143 @@
+"""All updates of one generation batch in one jitted call: `state, batch -> state, metrics`.
+
+    for each pass, for each of the U updates:
+        sum the gradients of its M micro-batches (empty ones are skipped, not computed)
+        clip, AdamW; an update without a live token changes nothing
+
+The anchor of the importance ratio is frozen before the first update. The loss is a plain sum over tokens, so the cut
+into micro-batches changes no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from m1jax.model.config import ModelConfig
+from m1jax.model.logprobs import token_logprobs
+from m1jax.rl.loss import LossConfig, cispo, importance_ratio
+from m1jax.train.state import TrainState, apply_gradients
+from m1jax.types import Batch, Params
+
+GRADIENT_DECADES = (-20, 1)
+"""Range of the log10-gradient histogram; smaller and larger magnitudes fall into its first and last bin."""
+
+
+def make_update(
+    model: ModelConfig,
+    loss: LossConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    temperature: float,
+    passes: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The update function of a run, jitted, with the state donated.
+
+    Metrics come back as arrays over the updates [passes * U] (see `_update_metrics`), the histogram with one more axis.
+    """
+    logprobs = partial(_batch_logprobs, model=model, temperature=temperature)
+
+    def one_update(state: TrainState, mini: tuple[Batch, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        micro_batches, anchors = mini
+
+        def add_micro_batch(grads: Params, micro: tuple[Batch, jax.Array]) -> tuple[Params, Any]:
+            batch, anchor_BT = micro
+            return skip_if_empty(batch, partial(accumulate, state.params, grads, anchor_BT), grads)
+
+        def accumulate(params, grads, anchor_BT, batch):
+            (value, aux), new = jax.value_and_grad(objective, has_aux=True)(params, batch, anchor_BT)
+            return jax.tree.map(jnp.add, grads, new), (value, *aux)
+
+        def objective(params, batch, anchor_BT):
+            policy_BT, entropy_BT = logprobs(params, batch)
+            value = cispo(policy_BT, anchor_BT, batch.advantages, batch.weights, loss.weight_cap)
+            return value, (policy_BT, entropy_BT)
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        grads, (values_M, policy_MBT, entropy_MBT) = jax.lax.scan(add_micro_batch, zeros, (micro_batches, anchors))
+        state, norms = apply_gradients(state, grads, optimizer, live=(micro_batches.weights > 0).any())
+        metrics = _update_metrics(micro_batches, anchors, policy_MBT, entropy_MBT, loss.weight_cap)
+        return state, {"loss": values_M.sum(), **norms, **metrics, **gradient_magnitudes(grads)}
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        anchors = batch.rollout_logprobs
+        if loss.ratio_anchor == "trainer":
+            one = lambda micro: skip_if_empty(micro, partial(trainer_logprobs, state.params), None)[1][1]  # noqa: E731
+            anchors = jax.lax.map(lambda mini: jax.lax.map(one, mini), batch)
+        one_pass = lambda state, _: jax.lax.scan(one_update, state, (batch, anchors))  # noqa: E731
+        state, metrics = jax.lax.scan(one_pass, state, length=passes)
+        return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
+
+    def trainer_logprobs(params, batch):
+        policy_BT, entropy_BT = logprobs(params, batch)
+        return None, (jnp.zeros((), policy_BT.dtype), policy_BT, entropy_BT)
+
+    return update
+
+
+def skip_if_empty(batch: Batch, compute: Callable[[Batch], Any], otherwise: Any) -> Any:
+    """compute(batch), or (otherwise, zeros) without any work where the micro-batch has no live token."""
+    _, outputs = jax.eval_shape(compute, batch)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+    return jax.lax.cond((batch.weights > 0).any(), compute, lambda _: (otherwise, zeros), batch)
+
+
+def _batch_logprobs(params: Params, batch: Batch, *, model: ModelConfig, temperature: float):
+    policy_BT, entropy_BT, _ = token_logprobs(params, model, batch.tokens, batch.segment_ids, temperature)
+    return policy_BT, entropy_BT
+
+
+def _update_metrics(
+    batch: Batch, anchors: jax.Array, policy: jax.Array, entropy: jax.Array, weight_cap: float
+) -> dict[str, jax.Array]:
+    """Scalars of one update over its live tokens; `policy` is before the update's own step.
+
+    E1 of the paper: `probability_correlation` is Pearson's between exp(policy) and exp(rollout) log-probabilities,
+    `largest_logprob_gap` the largest |difference|; both measure trainer against engine where no update came between.
+    """
+    live = batch.weights > 0
+    count = jnp.maximum(live.sum(), 1)
+    mean = lambda x: jnp.sum(jnp.where(live, x, 0.0)) / count  # noqa: E731
+    share = lambda x: jnp.sum(x & live) / count  # noqa: E731
+    ratio = importance_ratio(policy, anchors, live)
+    p, q = (jnp.where(live, jnp.exp(jnp.where(live, x, 0.0)), 0.0) for x in (policy, batch.rollout_logprobs))
+    p, q = jnp.where(live, p - mean(p), 0.0), jnp.where(live, q - mean(q), 0.0)
+    covariance, deviation = jnp.sum(p * q), jnp.sqrt(jnp.sum(p * p) * jnp.sum(q * q))
+    gap = jnp.where(live, jnp.abs(policy - batch.rollout_logprobs), 0.0)
+    return {
+        "tokens": live.sum(),
+        "entropy": mean(entropy),
+        "abs_log_ratio": mean(jnp.abs(policy - anchors)),
+        "largest_abs_log_ratio": jnp.where(live, jnp.abs(policy - anchors), 0.0).max(),
+        "ratio_mean": mean(ratio),
+        "ratio_capped_mean": mean(jnp.minimum(ratio, weight_cap)),
+        "ratio_largest": jnp.where(live, ratio, 0.0).max(),
+        "capped_share_positive": share((ratio > weight_cap) & (batch.advantages > 0)),
+        "capped_share_negative": share((ratio > weight_cap) & (batch.advantages < 0)),
+        "probability_correlation": jnp.where(deviation > 0, covariance / jnp.maximum(deviation, 1e-30), 1.0),
+        "largest_logprob_gap": gap.max(),
+    }
+
+
+def gradient_magnitudes(grads: Params) -> dict[str, jax.Array]:
+    """E2 of the paper: histogram of log10 |gradient| (counts per decade) and the share below 1e-14.
+
+    Exact zeros (experts that got no token, ids that did not occur) are counted apart.
+    """
+    low, high = GRADIENT_DECADES
+    magnitudes = jnp.concatenate([jnp.abs(g).astype(jnp.float32).reshape(-1) for g in jax.tree.leaves(grads)])
+    zero = magnitudes == 0
+    decade = jnp.clip(jnp.floor(jnp.log10(jnp.where(zero, 1.0, magnitudes))), low, high - 1).astype(jnp.int32) - low
+    counts = jnp.stack([jnp.sum((decade == d) & ~zero) for d in range(high - low)])
+    nonzero = jnp.maximum((~zero).sum(), 1)
+    return {
+        "gradient_histogram": counts,
+        "gradient_share_below_1e-14": ((magnitudes < 1e-14) & ~zero).sum() / nonzero,
+        "gradient_share_zero": zero.mean(),
+    }

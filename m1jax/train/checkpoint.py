@@ -1,0 +1,301 @@
+"""Checkpoints that a kill, a full disk or a damaged file cannot take away: Orbax for the arrays, a manifest for trust.
+
+    checkpoints/
+        00000040/  state/          the tree, written by Orbax
+                   meta.json       plain JSON beside it: step, prompt cursor, config
+                   manifest.json   size and CRC-32 of every other file, written last
+        .saving-00000060/          a save in flight, or what a kill left of one
+        00000050.damaged/          failed its manifest when read; never picked again, kept for the curious
+
+A folder gets its final name by one rename, after everything in it is on disk; so a name of digits means a whole
+checkpoint, and the manifest finds what went wrong with the disk afterwards. This file does not know what a model is:
+any tree of arrays will do, NumPy arrays and typed PRNG keys included. It knows one host.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from m1jax.errors import UserError
+from m1jax.types import Params
+
+_STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
+_SAVING, _REPLACED, _DAMAGED = ".saving-", ".replaced-", ".damaged"
+
+
+class Checkpoints:
+    """The checkpoints of one run: written in the background, the last `keep` kept.
+
+    Args:
+        directory: folder that holds them; made if absent.
+        keep: how many good ones stay.
+        log: takes one line whenever something is worth telling.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], keep: int = 3, log: Callable[[str], None] = print):
+        if keep < 1:
+            raise UserError(f"keep: {keep} checkpoints cannot resume a run; keep at least 1")
+        self._dir, self._keep, self._log = Path(directory).absolute(), keep, log
+        self._dir.mkdir(parents=True, exist_ok=True)
+        self._orbax = ocp.StandardCheckpointer()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        _tidy(self._dir)
+
+    def save(self, step: int, tree: Any, meta: Mapping[str, Any], wait: bool = False) -> None:
+        """Write `tree` and `meta` as the checkpoint of `step`, replacing one of the same step.
+
+        Returns once the arrays are copied, so the caller may donate them; `wait` returns once all is on disk.
+
+        Raises:
+            UserError: the disk is full, for this save or the one before; earlier checkpoints are untouched.
+        """
+        self.wait()
+        text = json.dumps(meta)  # in the caller's thread: what is not JSON fails here, with the caller's traceback
+        staging = self._dir / f"{_SAVING}{step:08d}"
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            self._orbax.save(staging / _STATE, jax.tree.map(_array, tree))
+        except Exception as error:
+            raise self._failure(error, staging) from error
+        self._thread = threading.Thread(target=self._finish, args=(step, staging, text), name=f"save-{step}")
+        self._thread.start()
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no save is in flight; raise what the last one failed with (once)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def restore_latest(self, abstract_tree: Any) -> tuple[int, Any, dict[str, Any]] | None:
+        """`(step, tree, meta)` of the newest good checkpoint, or None where nothing was ever saved.
+
+        A damaged one is renamed to `NAME.damaged`, said in one line, and the one before it is tried.
+
+        Args:
+            abstract_tree: the wanted structure, with arrays or `jax.ShapeDtypeStruct` leaves.
+
+        Raises:
+            UserError: only damaged checkpoints are left, or the checkpoint has other shapes than `abstract_tree`.
+        """
+        self.wait()
+        for step in reversed(steps(self._dir)):
+            folder = self._dir / f"{step:08d}"
+            damage = find_damage(folder)
+            if damage is None:
+                return step, _restore(self._orbax, folder, abstract_tree), _meta(folder)
+            aside = _free_name(folder.with_name(folder.name + _DAMAGED))
+            folder.rename(aside)
+            self._log(f"checkpoint of step {step} is damaged ({damage}): kept as {aside.name}, trying the one before")
+        _refuse_if_only_damaged(self._dir)
+        return None
+
+    def close(self) -> None:
+        """Finish the save in flight and let go of Orbax's threads."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _finish(self, step: int, staging: Path, meta: str) -> None:
+        """The background half of a save: wait for the arrays, seal the folder, give it its name, drop old ones."""
+        try:
+            self._orbax.wait_until_finished()
+            _write(staging / _META, meta)
+            _write(staging / _MANIFEST, json.dumps(_fingerprints(staging)))
+            final, replaced = self._dir / f"{step:08d}", self._dir / f"{_REPLACED}{step:08d}"
+            if final.exists():
+                final.rename(replaced)  # a kill before the next line is mended by `_tidy`
+            staging.rename(final)
+            _sync(self._dir)
+            shutil.rmtree(replaced, ignore_errors=True)
+            for old in steps(self._dir)[: -self._keep]:
+                # Renamed first, so that a kill half-way through the deletion leaves no half checkpoint with a name.
+                leaving = self._dir / f"{_SAVING}{old:08d}"
+                (self._dir / f"{old:08d}").rename(leaving)
+                shutil.rmtree(leaving, ignore_errors=True)
+        except BaseException as error:
+            self._error = self._failure(error, staging)
+
+    def _failure(self, error: BaseException, staging: Path) -> BaseException:
+        """What to raise for a save that failed: one line for a full disk, anything else as it is."""
+        shutil.rmtree(staging, ignore_errors=True)
+        if not is_disk_full(error):
+            return error
+        good = steps(self._dir)
+        kept = f"the last good checkpoint, step {good[-1]}, stays" if good else "there is no earlier checkpoint"
+        return UserError(f"{self._dir}: no space left for a checkpoint; {kept}; free some space and resume")
+
+
+def steps(directory: str | os.PathLike[str]) -> list[int]:
+    """Steps of the whole checkpoints in a folder, ascending."""
+    return sorted(int(p.name) for p in Path(directory).glob("*") if p.name.isdigit() and p.is_dir())
+
+
+def restore_params(path: str | os.PathLike[str], log: Callable[[str], None] = print) -> tuple[Params, dict[str, Any]]:
+    """`(params, meta)` of a run folder (its newest good checkpoint) or of one checkpoint folder; NumPy leaves.
+
+    Nothing is renamed or deleted: the run that owns the folder may be alive.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; give a run folder or one of its checkpoints/NUMBER folders")
+    if (path / _MANIFEST).exists() or path.name.isdigit():
+        candidates = [path]
+    else:
+        inside = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        candidates = [inside / f"{step:08d}" for step in reversed(steps(inside))]
+    if not candidates:
+        raise UserError(f"{path}: holds no checkpoint; give a run folder or one of its checkpoints/NUMBER folders")
+    damage = None
+    for folder in candidates:
+        damage = find_damage(folder)
+        if damage is None:
+            return _restore_params(folder), _meta(folder)
+        log(f"{folder}: damaged ({damage})")
+    raise UserError(f"{path}: no readable checkpoint; the oldest one is damaged too ({damage})")
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder in a few words, or None: every file has the size and CRC it had."""
+    try:
+        expected = json.loads((folder / _MANIFEST).read_text())
+        found = _fingerprints(folder)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return f"{_MANIFEST} is unreadable: {error}"
+    for name, (size, crc) in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name][0] != size:
+            return f"{name} has {found[name][0]} bytes instead of {size}"
+        if found[name][1] != crc:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is ENOSPC; the array writer reports it as text in errors of its own."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _restore(orbax: ocp.StandardCheckpointer, folder: Path, abstract_tree: Any) -> Any:
+    try:
+        return orbax.restore(folder / _STATE, jax.tree.map(_abstract, abstract_tree))
+    except (ValueError, KeyError, TypeError) as error:
+        # The bytes are sound, so what differs is the model or the optimizer.
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: does not fit the state of this run: {reason}") from error
+
+
+def _restore_params(folder: Path) -> Params:
+    with ocp.PyTreeCheckpointer() as orbax:
+        tree = orbax.metadata(folder / _STATE).item_metadata.tree
+        if "params" not in tree:
+            raise UserError(f"{folder}: its state has no `params`; found {', '.join(sorted(tree))}")
+        wanted = {"params": tree["params"]}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
+        return orbax.restore(folder / _STATE, args=args)["params"]
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / _META).read_text())
+
+
+def _array(leaf: Any) -> Any:
+    """NumPy scalars as 0-d arrays: Orbax writes scalars, and refuses to read them back."""
+    return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+
+
+def _abstract(leaf: Any) -> Any:
+    if isinstance(leaf, jax.Array):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+    if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+    return _array(leaf)
+
+
+def _fingerprints(folder: Path) -> dict[str, tuple[int, int]]:
+    """`{relative name: (bytes, CRC-32)}` of every file below a folder, the manifest aside."""
+    result = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _MANIFEST):
+        size = crc = 0
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                size, crc = size + len(block), zlib.crc32(block, crc)
+        result[file.relative_to(folder).as_posix()] = (size, crc)
+    return result
+
+
+def _tidy(directory: Path) -> None:
+    """Remove what a kill left behind; put back a checkpoint that was caught while being replaced."""
+    for leftover in directory.glob(f"{_REPLACED}*"):
+        home = directory / leftover.name.removeprefix(_REPLACED)
+        if home.exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.rename(home)
+    for leftover in directory.glob(f"{_SAVING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _refuse_if_only_damaged(directory: Path) -> None:
+    damaged = sorted(p.name for p in directory.glob(f"*{_DAMAGED}*"))
+    if damaged:
+        raise UserError(f"{directory}: no readable checkpoint, only {', '.join(damaged)}; delete them to start over")
+
+
+def _free_name(path: Path) -> Path:
+    number, candidate = 1, path
+    while candidate.exists():
+        number, candidate = number + 1, path.with_name(f"{path.name}.{number}")
+    return candidate
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(directory: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

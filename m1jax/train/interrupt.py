@@ -1,0 +1,65 @@
+"""SIGTERM and Ctrl-C as a flag that the loop polls between steps, so that a run stops where it can be resumed.
+
+    with StopSignal() as stop:
+        for step in ...:
+            ...
+            if stop.requested:
+                save(step)
+                raise Interrupted(stop.exit_code)
+
+The loop saves, the entry point prints and exits; this file only listens. A Ctrl-C after a request does not wait.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+_EXIT_CODES = {"SIGTERM": 75, "SIGINT": 130}
+
+
+class Interrupted(Exception):  # a request that was honoured, not an error
+    """The run saved its state because it was asked to stop.
+
+    Attributes:
+        exit_code: 75 (EX_TEMPFAIL: a scheduler starts it again) for SIGTERM, 130 for Ctrl-C.
+    """
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"interrupted, exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+class StopSignal:
+    """Context manager: while it is open, SIGTERM and the first SIGINT only set `requested`.
+
+    Attributes:
+        requested: None, "SIGTERM" or "SIGINT".
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self._previous: dict[signal.Signals, object] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code that belongs to the signal received; 0 where none was."""
+        return _EXIT_CODES[self.requested] if self.requested else 0
+
+    def __enter__(self) -> StopSignal:
+        # Python lets only the main thread set handlers; elsewhere (a notebook's worker) the flag stays None.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        self._previous.clear()
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
+        self.requested = self.requested or signal.Signals(number).name

@@ -1,0 +1,61 @@
+"""What training carries from step to step, for pre-training, SFT and RL alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from m1jax.model import transformer
+from m1jax.model.config import ModelConfig
+from m1jax.types import Params
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Parameters and everything an update changes with them.
+
+    Attributes:
+        params: the policy.
+        opt_state: the optimizer's moments and its own count, which drives the schedule.
+        updates: int32 [], updates applied so far. An update without a live token is not applied and not counted.
+        key: typed PRNG key of the run, saved so that nothing random depends on when a run was resumed.
+    """
+
+    params: Params
+    opt_state: Any
+    updates: jax.Array
+    key: jax.Array
+
+
+def init_state(seed: int, config: ModelConfig, optimizer: optax.GradientTransformation, params: Params | None = None):
+    """A fresh state: parameters drawn from `seed` (or those given) and zero moments."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    if params is None:
+        params = jax.jit(transformer.init, static_argnums=1)(init_key, config)
+    return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32), run_key)
+
+
+def apply_gradients(
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation, live: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimizer update where `live` holds; else the state comes back untouched, schedule included.
+
+    Returns:
+        The new state and the global norms {"grad_norm", "update_norm", "param_norm"}.
+    """
+    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, changes)
+    after = TrainState(params, opt_state, state.updates + 1, state.key)
+    kept = jax.tree.map(lambda new, old: jnp.where(live, new, old), (params, opt_state, after.updates),
+                        (state.params, state.opt_state, state.updates))  # fmt: skip
+    norms = {
+        "grad_norm": optax.global_norm(grads),
+        "update_norm": jnp.where(live, optax.global_norm(changes), 0.0),
+        "param_norm": optax.global_norm(params),
+    }
+    return TrainState(*kept, state.key), norms

@@ -1,0 +1,172 @@
+"""The words that every part of m1jax shares: dimension key, data that travels, protocols. No logic.
+
+Dimension key (a name ends in its letters; docstrings use the same ones):
+
+    B  rows in a batch            T  positions computed         D  model width
+    P  prompts                    S  positions attended to      N  query heads
+    R  responses per prompt       V  vocabulary                 K  key/value heads
+    E  experts                    F  expert hidden width        H  head width
+    A  active experts per token   C  lightning chunk            L  layers
+
+Alignment rule (the only one): `logprobs_BT[b, t]` belongs to `tokens_BT[b, t]` given all earlier tokens of that
+row. Entry 0 has no prefix and is always masked. The shift happens in one place, `m1jax.model.logprobs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+Params = Any
+"""A tree of arrays: the parameters of the decoder, as `m1jax.model.transformer.init` makes them."""
+
+Ending = Literal["stop", "length", "repetition"]
+ENDINGS: tuple[Ending, ...] = ("stop", "length", "repetition")
+"""How a response ended: it sampled a stop token, filled the window, or was cut because it repeated itself."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to solve, as a task states it.
+
+    Attributes:
+        task: name of the task it belongs to.
+        question: the text put before the model (before any chat template).
+        answer: the reference answer as text, or None where the verifier checks a property only.
+        row: what the task's verifier needs, plain JSON values.
+    """
+
+    task: str
+    question: str
+    answer: str | None
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem made ready for the engine.
+
+    Attributes:
+        index: global prompt index of the run; with (seed, sample, position) it fixes the sampling noise.
+        problem: what is asked.
+        token_ids: the prompt as the model reads it, template and BOS included.
+    """
+
+    index: int
+    problem: Problem
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response, exactly as it was sampled (token in, token out: ids are never re-tokenised).
+
+    Attributes:
+        prompt_index: `Prompt.index` of its prompt.
+        sample: which of the R responses to that prompt.
+        token_ids: int32 [T], generated ids, the stop token included.
+        rollout_logprobs: float32 [T], log-probability of each id under the full softmax at the sampling
+            temperature, computed by the engine (the behaviour policy).
+        ending: how it ended.
+        weight_version: version of the weights that sampled it.
+    """
+
+    prompt_index: int
+    sample: int
+    token_ids: np.ndarray
+    rollout_logprobs: np.ndarray
+    ending: Ending
+    weight_version: int
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample.
+
+    Attributes:
+        max_tokens: response window in tokens, the stop token included.
+        temperature: above 0 divides the logits; 0 is greedy.
+        top_p: nucleus mass in (0, 1]; 1 samples the full softmax.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        repetition_run: end a response after this many consecutive tokens that each had a probability above
+            `repetition_probability` (system part E3 of the paper: 3,000 and 0.99); 0 never does.
+        repetition_probability: see above; the tested probability is exp(rollout_logprobs).
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_run: int = 0
+    repetition_probability: float = 0.99
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """What turns prompts into rollouts: in this process, or a server elsewhere."""
+
+    def set_weights(self, params: Params, version: int) -> None:
+        """Use these parameters from the next call on and stamp rollouts with `version`."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
+        """Return, for every prompt in order, its `responses` rollouts in order of `sample`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier said of one response.
+
+    Attributes:
+        score: the verifier's value in [0, 1]; 0 where it failed.
+        outcome: "scored", "error" (the verifier raised) or "timeout" (it was killed).
+    """
+
+    score: float
+    outcome: Literal["scored", "error", "timeout"] = "scored"
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A family of problems with a verifier.
+
+    `verifier` names a function `(answer: str, row: dict) -> float in [0, 1]` as "module:function", so that a worker
+    process can load it; `row` is `Problem.row`.
+    """
+
+    name: str
+    verifier: str
+
+    def __len__(self) -> int:
+        """Number of problems (a procedural task: as many as were asked for)."""
+        ...
+
+    def __getitem__(self, index: int) -> Problem:
+        """Problem number `index`, the same at every call."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Batch:
+    """One generation batch, cut into updates and micro-batches; every leading axis is [updates, micro, rows].
+
+    Attributes:
+        tokens: int32 [U, M, B, T], prompt and response, right-padded.
+        segment_ids: int32 [U, M, B, T], 1 on live tokens, 0 on padding.
+        weights: float32 [U, M, B, T], what the loss multiplies each token by: masks, groups and aggregation in
+            one number; 0 where a token is not ours to learn from.
+        advantages: float32 [U, M, B, T].
+        rollout_logprobs: float32 [U, M, B, T], by the alignment rule; 0 where `weights` is 0.
+    """
+
+    tokens: np.ndarray
+    segment_ids: np.ndarray
+    weights: np.ndarray
+    advantages: np.ndarray
+    rollout_logprobs: np.ndarray
