@@ -50,7 +50,7 @@ $(STAMP): pyproject.toml
 	extras='.[test,dev]'; \
 	echo "setting up $(VENV) with $$("$$python" --version); minutes the first time"; \
 	if command -v uv >/dev/null 2>&1; then \
-	    "$(RUN)" -c "$$new_enough" 2>/dev/null || uv venv --quiet --clear --python "$$("$$python" -c 'import sys; print(sys.executable)')" "$(VENV)"; \
+	    "$(RUN)" -c "$$new_enough" 2>/dev/null || uv venv --quiet --seed --clear --python "$$("$$python" -c 'import sys; print(sys.executable)')" "$(VENV)"; \
 	    uv pip install --quiet --python "$(RUN)" -e "$$extras"; \
 	else \
 	    "$(RUN)" -c "$$new_enough" 2>/dev/null || "$$python" -m venv --clear "$(VENV)"; \

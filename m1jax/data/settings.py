@@ -25,7 +25,7 @@ class ProblemsConfig:
     """Which problems a run draws from.
 
     Attributes:
-        per_task: problems that a procedural task offers before the order repeats, held-out ones included.
+        per_task: training problems that each task offers before the order repeats.
         heldout_share: share of the question space, by hash of the text, that no run ever trains on.
         max_prompt_tokens: window of a prompt, template included.
     """

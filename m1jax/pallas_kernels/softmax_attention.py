@@ -57,7 +57,7 @@ def softmax_attention(
 
     attend = partial(_attend, k_BSKH, v_BSKH, k_positions_BS, k_segment_ids_BS)
     queries = q_BTNH, q_positions_BT, q_segment_ids_BT
-    if T <= block:
+    if block >= T:
         return attend(queries)
 
     def cut(x):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from m1jax.data.packing import pack
 from m1jax.types import Batch, Prompt, Rollout
 
 
@@ -127,19 +128,3 @@ def make_batch(
 
     split = lambda x: x.reshape(shape.updates, shape.micro_batches, shape.rows, shape.tokens)  # noqa: E731
     return Batch(split(tokens), split(segment_ids), split(weights), split(advantages), split(logprobs))
-
-
-def pack(sizes: Sequence[int], row_tokens: int) -> list[tuple[int, int, int]]:
-    """Place every size in a row of `row_tokens`, first fit, longest first: [(row, start, segment id from 1)]."""
-    places: list[tuple[int, int, int]] = [(0, 0, 0)] * len(sizes)
-    used: list[int] = []
-    count: list[int] = []
-    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        row = next((r for r, tokens in enumerate(used) if tokens + sizes[item] <= row_tokens), len(used))
-        if row == len(used):
-            used.append(0)
-            count.append(0)
-        count[row] += 1
-        places[item] = (row, used[row], count[row])
-        used[row] += sizes[item]
-    return places

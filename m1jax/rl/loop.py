@@ -1,13 +1,12 @@
 """The RL loop. Each stage is a file of this folder, in the order of the lines of `train`.
 
-    result = train(config, "runs/mine")            # in a notebook as from the command line
-    result.summary["heldout"], result.metrics, result.params
+result = train(config, "runs/mine")            # in a notebook as from the command line
+result.summary["heldout"], result.metrics, result.params
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -88,6 +87,3 @@ def check_finite(step: int, metrics: dict[str, float]) -> None:
     for name in ("train/loss", "train/grad_norm"):
         if name in metrics and not np.isfinite(metrics[name]):
             raise NonFinite(step, "update", name)
-
-
-__all__ = ["RLConfig", "asdict", "evaluate", "train"]

@@ -9,6 +9,7 @@ from m1jax.model.config import ModelConfig
 from m1jax.rl.batch import BatchShape, UpdateConfig
 from m1jax.rl.loss import LossConfig
 from m1jax.train.optimizer import OptimizerConfig
+from m1jax.train.settings import CheckpointConfig
 from m1jax.types import Sampling
 
 
@@ -63,19 +64,6 @@ class EvaluationConfig:
     every: int
     problems: int
     sampling: Sampling
-
-
-@dataclass(frozen=True)
-class CheckpointConfig:
-    """When to save.
-
-    Attributes:
-        every: generation batches (RL) or updates (SFT) between checkpoints; the last one is always saved.
-        keep: how many are kept.
-    """
-
-    every: int = 10
-    keep: int = 2
 
 
 @dataclass(frozen=True)

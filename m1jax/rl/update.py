@@ -17,12 +17,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 
 from m1jax.model.config import ModelConfig
 from m1jax.model.logprobs import token_logprobs
 from m1jax.rl.loss import LossConfig, cispo, importance_ratio
+from m1jax.sharding import DATA
 from m1jax.train.state import TrainState, apply_gradients
 from m1jax.types import Batch, Params
+
+REPLICATED, ROWS = PartitionSpec(), PartitionSpec(None, DATA)
+"""Parameters lie whole on every device; a micro-batch's rows (axis 1 of [M, B, T]) are dealt out."""
 
 GRADIENT_DECADES = (-20, 1)
 """Range of the log10-gradient histogram; smaller and larger magnitudes fall into its first and last bin."""
@@ -32,6 +37,7 @@ def make_update(
     model: ModelConfig,
     loss: LossConfig,
     optimizer: optax.GradientTransformation,
+    mesh: Mesh,
     *,
     temperature: float,
     passes: int,
@@ -42,41 +48,51 @@ def make_update(
     """
     logprobs = partial(_batch_logprobs, model=model, temperature=temperature)
 
+    @partial(
+        jax.shard_map, mesh=mesh, check_vma=False,
+        in_specs=(REPLICATED, ROWS, ROWS), out_specs=(REPLICATED, REPLICATED, ROWS, ROWS),
+    )  # fmt: skip
+    def summed_gradients(params: Params, micro_batches: Batch, anchors: jax.Array):
+        """Over all micro-batches and devices: gradients, loss; and per token policy log-probs and entropies."""
+
+        def add_micro_batch(grads, micro):
+            batch, anchor_BT = micro
+            return skip_if_empty(batch, partial(accumulate, params, grads, anchor_BT), grads)
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        grads, (values_M, policy_MBT, entropy_MBT) = jax.lax.scan(add_micro_batch, zeros, (micro_batches, anchors))
+        grads, value = jax.lax.psum((grads, values_M.sum()), DATA)
+        return grads, value, policy_MBT, entropy_MBT
+
+    def accumulate(params, grads, anchor_BT, batch):
+        (value, (policy_BT, entropy_BT)), new = jax.value_and_grad(objective, has_aux=True)(params, batch, anchor_BT)
+        return jax.tree.map(jnp.add, grads, new), (value, policy_BT, entropy_BT)
+
+    def objective(params, batch, anchor_BT):
+        policy_BT, entropy_BT = logprobs(params, batch)
+        value = cispo(policy_BT, anchor_BT, batch.advantages, batch.weights, loss.weight_cap)
+        return value, (policy_BT, entropy_BT)
+
     def one_update(state: TrainState, mini: tuple[Batch, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         micro_batches, anchors = mini
-
-        def add_micro_batch(grads: Params, micro: tuple[Batch, jax.Array]) -> tuple[Params, Any]:
-            batch, anchor_BT = micro
-            return skip_if_empty(batch, partial(accumulate, state.params, grads, anchor_BT), grads)
-
-        def accumulate(params, grads, anchor_BT, batch):
-            (value, aux), new = jax.value_and_grad(objective, has_aux=True)(params, batch, anchor_BT)
-            return jax.tree.map(jnp.add, grads, new), (value, *aux)
-
-        def objective(params, batch, anchor_BT):
-            policy_BT, entropy_BT = logprobs(params, batch)
-            value = cispo(policy_BT, anchor_BT, batch.advantages, batch.weights, loss.weight_cap)
-            return value, (policy_BT, entropy_BT)
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, (values_M, policy_MBT, entropy_MBT) = jax.lax.scan(add_micro_batch, zeros, (micro_batches, anchors))
+        grads, value, policy_MBT, entropy_MBT = summed_gradients(state.params, micro_batches, anchors)
         state, norms = apply_gradients(state, grads, optimizer, live=(micro_batches.weights > 0).any())
         metrics = _update_metrics(micro_batches, anchors, policy_MBT, entropy_MBT, loss.weight_cap)
-        return state, {"loss": values_M.sum(), **norms, **metrics, **gradient_magnitudes(grads)}
+        return state, {"loss": value, **norms, **metrics, **gradient_magnitudes(grads)}
+
+    @partial(jax.shard_map, mesh=mesh, check_vma=False, in_specs=(REPLICATED, ROWS), out_specs=ROWS)
+    def trainer_anchors(params: Params, micro_batches: Batch) -> jax.Array:
+        compute = lambda batch: (None, logprobs(params, batch)[0])  # noqa: E731
+        return jax.lax.map(lambda batch: skip_if_empty(batch, compute, None)[1], micro_batches)
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         anchors = batch.rollout_logprobs
         if loss.ratio_anchor == "trainer":
-            one = lambda micro: skip_if_empty(micro, partial(trainer_logprobs, state.params), None)[1][1]  # noqa: E731
-            anchors = jax.lax.map(lambda mini: jax.lax.map(one, mini), batch)
+            anchors = jax.lax.map(partial(trainer_anchors, state.params), batch)
         one_pass = lambda state, _: jax.lax.scan(one_update, state, (batch, anchors))  # noqa: E731
         state, metrics = jax.lax.scan(one_pass, state, length=passes)
         return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
-
-    def trainer_logprobs(params, batch):
-        policy_BT, entropy_BT = logprobs(params, batch)
-        return None, (jnp.zeros((), policy_BT.dtype), policy_BT, entropy_BT)
 
     return update
 

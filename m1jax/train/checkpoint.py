@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 import threading
@@ -33,6 +34,9 @@ from m1jax.types import Params
 
 _STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
 _SAVING, _REPLACED, _DAMAGED = ".saving-", ".replaced-", ".damaged"
+
+# Orbax logs an error of its background threads with a traceback, then raises it to us: once is enough.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 
 
 class Checkpoints:
@@ -235,8 +239,12 @@ def _meta(folder: Path) -> dict[str, Any]:
 
 
 def _array(leaf: Any) -> Any:
-    """NumPy scalars as 0-d arrays: Orbax writes scalars, and refuses to read them back."""
-    return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+    """A leaf as Orbax can take it: scalars of NumPy as 0-d arrays, which it also reads back; its arrays as copies.
+
+    Orbax refers to NumPy's memory until the save is done, and the caller may write into it. JAX arrays need no copy:
+    memory that is referred to is not given to a donating computation.
+    """
+    return np.array(leaf) if isinstance(leaf, np.generic | np.ndarray) else leaf
 
 
 def _abstract(leaf: Any) -> Any:

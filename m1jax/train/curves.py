@@ -35,17 +35,24 @@ class Panel:
 PANELS = (
     Panel("Held-out accuracy (95% interval)", ("heldout/*/mean",), unit=True),
     Panel("Training prompts: reward, accuracy", ("reward/mean", "reward/accuracy", "reward/accuracy/*"), unit=True),
-    Panel("Entropy (nats per token)", ("rollout/entropy",)),
+    Panel("Entropy (nats per token)", ("rollout/entropy", "train/entropy")),
     Panel("Response length (tokens)", ("rollout/length_*",)),
     Panel("Endings (share)", ("rollout/share_*",), unit=True),
     Panel("Groups without variance (share)", ("reward/zero_variance_share",), unit=True),
     Panel("Engine against trainer: largest log-prob gap", ("mismatch/largest_logprob_gap",), log=True),
-    Panel("Mean |log ratio|, first and later updates", ("ratio/abs_log_first_update", "ratio/abs_log_later_updates"), log=True),
+    Panel(
+        "Mean |log ratio|, first and later updates",
+        ("ratio/abs_log_first_update", "ratio/abs_log_later_updates"),
+        log=True,
+    ),
     Panel("Importance ratio", ("ratio/mean", "ratio/capped_mean", "ratio/largest"), log=True),
     Panel("Capped tokens by advantage sign (share)", ("ratio/capped_share_*",)),
     Panel("Loss", ("train/loss",)),
     Panel("Gradient norm", ("train/grad_norm",), log=True),
-    Panel("Seconds by stage", ("seconds/*",)),
+    Panel("Tokens per second", ("time/tokens_per_second",)),
+    Panel(
+        "Seconds by stage", tuple(f"time/{stage}" for stage in ("rollout", "reward", "update", "evaluate", "compile"))
+    ),
 )
 """The panels in reading order: is it better, does it still explore, is it sound, what does it cost."""
 
@@ -80,7 +87,7 @@ def draw_curves(
         axes = figure.add_subplot(lines, columns, place)
         for number, name in enumerate(curves):
             label, starred = _label(name, panel.patterns)
-            plain = ("0.25", "C1", "C2", "C3")[number % 4]
+            plain = ("0.25", "C1", "C2", "C3", "C4")[number % 5]
             color = colors.setdefault(label, f"C{len(colors) % 10}") if starred else plain
             _draw(axes, rows, name, label, color)
         _dress(axes, panel, [row[name] for name in curves for row in rows if _drawable(row.get(name))])
@@ -123,7 +130,7 @@ def _dress(axes: Any, panel: Panel, values: Sequence[float]) -> None:
     if panel.unit:
         axes.set_ylim(-0.02, 1.02)
     labels = axes.get_legend_handles_labels()[1]
-    if len(labels) > 1 or "*" in "".join(panel.patterns):
+    if len(labels) > 1 or (labels and "*" in "".join(panel.patterns)):
         axes.legend(fontsize=7.5, frameon=False, ncols=2 if len(labels) > 4 else 1)
 
 

@@ -1,6 +1,6 @@
 """Where numbers go: one small protocol, and sinks for a file, for TensorBoard and for a person watching.
 
-    sink.write(step, {"reward/mean": 0.41, "rollout/tokens_per_second": 9100.0})
+    sink.write(step, {"reward/mean": 0.41, "time/tokens_per_second": 9100.0})
 
 Names are `stage/what`; which names there are is the loop's affair, save for the few that the progress line shows.
 """
@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,14 +21,15 @@ PROGRESS = {
     "reward/accuracy": "accuracy {:.3f}",
     "rollout/length_mean": "length {:.1f}",
     "rollout/entropy": "entropy {:.3f}",
-    "rollout/tokens_per_second": "{:,.0f} tokens/s",
+    "time/tokens_per_second": "{:,.0f} tokens/s",
 }
 """Metrics of RL's progress line, in its order; one that a step does not have is left out."""
 
-SUPERVISED_PROGRESS = {"train/loss": "loss {:.4f}", "train/tokens_per_second": "{:,.0f} tokens/s"}
-"""The same for SFT and pre-training."""
+SUPERVISED_PROGRESS = {"train/loss": "loss {:.4f}", "time/tokens_per_second": "{:,.0f} tokens/s"}
+"""The same for steps without a reward."""
 
 
+@runtime_checkable
 class MetricSink(Protocol):
     """Anything that takes the numbers of a step."""
 
@@ -111,21 +112,24 @@ class TensorBoardSink:
 
 
 class ConsoleSink:
-    """One line a step: step/total, the metrics of `shown` that are there, time left.
+    """One line a step: step/total, a few metrics, time left; a step that has none of them has no line.
 
     Args:
         total: steps of the whole run.
         first: step this process starts after; the time left is reckoned from the steps it has done itself.
-        shown: metric name to format, in order.
+        shown: metric name to format, in order; by default that of RL, or of supervised steps.
         stream: a text stream; standard output by default.
     """
 
-    def __init__(self, total: int, first: int = 0, shown: Mapping[str, str] = PROGRESS, stream: IO[str] | None = None):
+    def __init__(
+        self, total: int, first: int = 0, shown: Mapping[str, str] | None = None, stream: IO[str] | None = None
+    ):
         self._total, self._first, self._shown, self._stream = total, first, shown, stream
         self._started = time.monotonic()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        parts = [form.format(float(metrics[name])) for name, form in self._shown.items() if name in metrics]
+        shown = self._shown or (PROGRESS if "reward/mean" in metrics else SUPERVISED_PROGRESS)
+        parts = [form.format(float(metrics[name])) for name, form in shown.items() if name in metrics]
         if not parts:
             return
         done = max(step - self._first, 1)

@@ -24,6 +24,7 @@ from typing import Any
 
 from m1jax.config import changed_keys, to_dict
 from m1jax.errors import UserError
+from m1jax.train import curves
 from m1jax.train.checkpoint import restore_params
 from m1jax.train.metrics import read_jsonl
 from m1jax.types import Params
@@ -161,6 +162,13 @@ def write_samples(path: str | os.PathLike[str], samples: Sequence[Sample], title
     staging = path.with_name(path.name + ".new")
     staging.write_text("\n".join(lines))
     staging.replace(path)
+
+
+def draw_curves(folder: str | os.PathLike[str]) -> bool:
+    """Draw curves.png from the metrics.jsonl of a run folder; False (and no file) where there is nothing to draw."""
+    folder = Path(folder)
+    rows = read_jsonl(folder / METRICS) if (folder / METRICS).exists() else []
+    return curves.draw_curves(folder / CURVES, rows, title=folder.resolve().name)
 
 
 def _block(text: str) -> list[str]:

@@ -8,9 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from m1jax.errors import UserError
 from m1jax.model import transformer
 from m1jax.model.config import ModelConfig
+from m1jax.sharding import replicated
 from m1jax.types import Params
 
 
@@ -32,12 +35,38 @@ class TrainState:
     key: jax.Array
 
 
-def init_state(seed: int, config: ModelConfig, optimizer: optax.GradientTransformation, params: Params | None = None):
-    """A fresh state: parameters drawn from `seed` (or those given) and zero moments."""
-    init_key, run_key = jax.random.split(jax.random.key(seed))
-    if params is None:
-        params = jax.jit(transformer.init, static_argnums=1)(init_key, config)
-    return TrainState(params, jax.jit(optimizer.init)(params), jnp.zeros((), jnp.int32), run_key)
+def init_state(
+    seed: int, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, params: Params | None = None
+) -> TrainState:
+    """A fresh state on all devices of the mesh: parameters drawn from `seed` (or those given) and zero moments.
+
+    Raises:
+        UserError: `params` are those of another model.
+    """
+
+    def fresh(given: Params | None) -> TrainState:
+        init_key, run_key = jax.random.split(jax.random.key(seed))
+        params = transformer.init(init_key, config) if given is None else given
+        return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), run_key)
+
+    if params is not None:
+        check_params(params, config)
+    return jax.jit(fresh, out_shardings=replicated(mesh))(params)
+
+
+def check_params(params: Params, config: ModelConfig) -> None:
+    """Raise UserError, naming the first parameter, where a tree is not one of this model."""
+    wanted = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
+    have, want = (
+        {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, wanted))
+    )
+    for name in want | have:
+        if have.get(name) != want.get(name):
+            raise UserError(
+                f"parameter {name}: the checkpoint has shape {have.get(name, 'no such parameter')}, "
+                f"config.model asks for {want.get(name, 'no such parameter')}; use the config.model it was trained with"
+            )
 
 
 def apply_gradients(

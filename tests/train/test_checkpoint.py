@@ -86,15 +86,23 @@ def test_a_state_comes_back_bit_for_bit(tmp_path):
     assert jax.random.uniform(restored.key) == jax.random.uniform(jax.random.key(3))
 
 
-def test_the_caller_may_donate_the_state_at_once(tmp_path):
+def test_the_caller_may_donate_or_overwrite_the_state_at_once(tmp_path, monkeypatch):
     overwrite = jax.jit(lambda x: x * 0 - 1, donate_argnums=0)
     wanted = np.arange(1_000_000, dtype=np.float32)
     array = jnp.asarray(wanted.copy())
+    on_host, handed_over = wanted.copy(), []
     with Checkpoints(tmp_path) as checkpoints:
-        checkpoints.save(1, {"params": array}, {})
+        save = checkpoints._orbax.save
+        monkeypatch.setattr(checkpoints._orbax, "save", lambda path, tree: (handed_over.append(tree), save(path, tree)))
+        checkpoints.save(1, {"params": {"device": array, "host": on_host}}, {})
         overwrite(array).block_until_ready()
+        on_host[:] = -1
         checkpoints.wait()
-    np.testing.assert_array_equal(restore_params(tmp_path)[0], wanted)
+    # Whether the write was quicker than this test is luck; that it reads other memory is not.
+    assert not np.shares_memory(handed_over[0]["params"]["host"], on_host)
+    params = restore_params(tmp_path)[0]
+    np.testing.assert_array_equal(params["device"], wanted)
+    np.testing.assert_array_equal(params["host"], wanted)
 
 
 def test_the_last_n_are_kept(tmp_path):

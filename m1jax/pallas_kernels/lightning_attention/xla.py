@@ -1,23 +1,27 @@
 """Lightning attention in chunks of C tokens, in plain JAX with a hand-written backward pass.
 
-With S the state entering a chunk and i, j its tokens (every decay is exp of a difference that is not positive):
+With S the state that enters a chunk, i and j two of its tokens and m how many of them are live:
 
-    D[i, j] = exp(-slope (i - j)), j <= i       token j as seen by token i
-    a[i]    = exp(-slope (i + 1))               S as seen by token i
-    z[j]    = exp(-slope (last - j))            token j as seen by the state leaving the chunk
-    g       = exp(-slope C)                     S as seen by the state leaving the chunk
+    D[i, j] = exp(-slope (i - j)), j <= i       token j as token i sees it
+    a[i]    = exp(-slope (i + 1))               S as token i sees it
+    z[j]    = exp(-slope (m - 1 - j)), j < m    token j as the state that leaves the chunk sees it
+    g       = exp(-slope m)                     S as the state that leaves the chunk sees it
 
     A = (Q K^T) * D        O = A V + a * (Q S)        S' = g S + (z * K)^T V
 
-The backward pass saves nothing but its inputs. With dS the cotangent of the state leaving a chunk it goes over the
-chunks twice: forward in time, making the states again, for dQ, which needs S; backward in time for dK and dV, which
-need dS:
+The backward pass saves nothing but its inputs. With dS the cotangent of the state that leaves a chunk it goes over
+the chunks twice: forward for dQ, making each S again; backward for dK and dV, which need dS:
 
     dA = (dO V^T) * D      dQ = dA K + a * (dO S^T)
     dK = dA^T Q + z * (V dS^T)      dV = A^T dO + z * (K dS)      dS <- g dS + (a * Q)^T dO
 
-Padding and packing are in the decays alone: positions i, j count live tokens only, D is zero between segments, a is
-zero outside the segment that S belongs to, z is zero outside the last one, and g is zero where those two differ.
+Padding: the live tokens of a row are first moved to its front, so that i counts live tokens only, wherever the
+padding was; the cost is one gather of rows, that of decays made for every row would be ten times as much.
+Packing is in the decays: D is zero between segments, a outside the segment that S belongs to, z outside the last
+segment of the chunk, and g where those two differ.
+
+Inside this file the heads come before the tokens, [B, N, C, H]: the products run twice as fast on CPU. Letters of
+the einsum strings: i, j tokens of a chunk; d, e the head widths of keys and of values.
 """
 
 from functools import partial
@@ -30,8 +34,6 @@ import jax.numpy as jnp
 def lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH, *, chunk):
     """Return o_BTNH and the final state; `api.lightning_attention` says what the arguments mean."""
     B, T, N, H = q_BTNH.shape
-    if segment_ids_BT is None:
-        segment_ids_BT = jnp.ones((1, T), jnp.int32)  # one row for all: the whole batch then shares its decays
     if initial_state_BNHH is None:
         initial_state_BNHH = jnp.zeros((B, N, H, H), _wide(q_BTNH))
     return _chunked(min(chunk, T), q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH)
@@ -42,18 +44,19 @@ def lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initia
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunked(chunk, q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH):
-    wide = _wide(q_BTNH)
+    layout = _layout(q_BTNH, segment_ids_BT)
+    decays = _decays(chunk, slopes_N.astype(_wide(q_BTNH)))
 
     def step(S, block):
-        spans, q, k, v = block
-        q, k, v, decay = q.astype(wide), k.astype(wide), v.astype(wide), _decays(slopes_N.astype(wide), spans)
-        A = jnp.einsum("bind,bjnd->bnij", q, k) * decay.D
-        O = jnp.einsum("bnij,bjne->bine", A, v) + decay.a * jnp.einsum("bind,bnde->bine", q, S)
-        return _next_state(S, k, v, decay), O.astype(q_BTNH.dtype)
+        spans, *block = block
+        (Q, K, V), decay = _widen(block), decays(spans)
+        A = jnp.einsum("bnid,bnjd->bnij", Q, K) * decay.D
+        out = jnp.einsum("bnij,bnje->bnie", A, V) + decay.a * jnp.einsum("bnid,bnde->bnie", Q, S)
+        return _next_state(S, K, V, decay), out.astype(q_BTNH.dtype)
 
-    blocks = _spans(chunk, segment_ids_BT), *_cut(chunk, q_BTNH, k_BTNH, v_BTNH)
-    state_BNHH, o_GBCNH = _scan(step, initial_state_BNHH.astype(wide), blocks)
-    return _join(o_GBCNH, q_BTNH), state_BNHH
+    blocks = _spans(chunk, layout), *(_cut(chunk, x, layout) for x in (q_BTNH, k_BTNH, v_BTNH))
+    state_BNHH, o_GBNCH = _scan(step, initial_state_BNHH.astype(_wide(q_BTNH)), blocks)
+    return _join(o_GBNCH, layout), state_BNHH
 
 
 def _chunked_fwd(chunk, *inputs):
@@ -63,98 +66,46 @@ def _chunked_fwd(chunk, *inputs):
 def _chunked_bwd(chunk, inputs, cotangents):
     q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH = inputs
     do_BTNH, dstate_BNHH = cotangents
-    wide = _wide(q_BTNH)
+    layout = _layout(q_BTNH, segment_ids_BT)
+    decays = _decays(chunk, slopes_N.astype(_wide(q_BTNH)))
 
     def queries(S, block):
-        spans, _, k, v, dO = block
-        k, v, dO, decay = k.astype(wide), v.astype(wide), dO.astype(wide), _decays(slopes_N.astype(wide), spans)
-        dA = jnp.einsum("bine,bjne->bnij", dO, v) * decay.D
-        dQ = jnp.einsum("bnij,bjnd->bind", dA, k) + decay.a * jnp.einsum("bine,bnde->bind", dO, S)
-        return _next_state(S, k, v, decay), dQ.astype(q_BTNH.dtype)
+        spans, *block = block
+        (_, K, V, dO), decay = _widen(block), decays(spans)
+        dA = jnp.einsum("bnie,bnje->bnij", dO, V) * decay.D
+        dQ = jnp.einsum("bnij,bnjd->bnid", dA, K) + decay.a * jnp.einsum("bnie,bnde->bnid", dO, S)
+        return _next_state(S, K, V, decay), dQ.astype(q_BTNH.dtype)
 
     def keys_and_values(dS, block):
         spans, *block = block
-        (q, k, v, dO), decay = (x.astype(wide) for x in block), _decays(slopes_N.astype(wide), spans)
-        A = jnp.einsum("bind,bjnd->bnij", q, k) * decay.D
-        dA = jnp.einsum("bine,bjne->bnij", dO, v) * decay.D
-        dK = jnp.einsum("bnij,bind->bjnd", dA, q) + decay.z * jnp.einsum("bjne,bnde->bjnd", v, dS)
-        dV = jnp.einsum("bnij,bine->bjne", A, dO) + decay.z * jnp.einsum("bjnd,bnde->bjne", k, dS)
-        dS = decay.g * dS + jnp.einsum("bind,bine->bnde", decay.a * q, dO)
+        (Q, K, V, dO), decay = _widen(block), decays(spans)
+        A = jnp.einsum("bnid,bnjd->bnij", Q, K) * decay.D
+        dA = jnp.einsum("bnie,bnje->bnij", dO, V) * decay.D
+        dK = jnp.einsum("bnij,bnid->bnjd", dA, Q) + decay.z * jnp.einsum("bnje,bnde->bnjd", V, dS)
+        dV = jnp.einsum("bnij,bnie->bnje", A, dO) + decay.z * jnp.einsum("bnjd,bnde->bnje", K, dS)
+        dS = decay.g * dS + jnp.einsum("bnid,bnie->bnde", decay.a * Q, dO)
         return dS, (dK.astype(k_BTNH.dtype), dV.astype(v_BTNH.dtype))
 
-    blocks = _spans(chunk, segment_ids_BT), *_cut(chunk, q_BTNH, k_BTNH, v_BTNH, do_BTNH)
-    _, dq = _scan(queries, initial_state_BNHH.astype(wide), blocks)
-    dstate_BNHH, (dk, dv) = _scan(keys_and_values, dstate_BNHH, blocks, reverse=True)
-    dq_BTNH, dk_BTNH, dv_BTNH = (_join(x, q_BTNH) for x in (dq, dk, dv))
+    blocks = _spans(chunk, layout), *(_cut(chunk, x, layout) for x in (q_BTNH, k_BTNH, v_BTNH, do_BTNH))
+    _, dq_GBNCH = _scan(queries, initial_state_BNHH.astype(_wide(q_BTNH)), blocks)
+    dstate_BNHH, (dk_GBNCH, dv_GBNCH) = _scan(keys_and_values, dstate_BNHH, blocks, reverse=True)
+    dq_BTNH, dk_BTNH, dv_BTNH = (_join(x, layout) for x in (dq_GBNCH, dk_GBNCH, dv_GBNCH))
     return dq_BTNH, dk_BTNH, dv_BTNH, None, None, dstate_BNHH.astype(initial_state_BNHH.dtype)
 
 
 _chunked.defvjp(_chunked_fwd, _chunked_bwd)
 
 
-def _next_state(S, k, v, decay):
-    return decay.g * S + jnp.einsum("bjnd,bjne->bnde", decay.z * k, v)
+def _next_state(S, K, V, decay):
+    return decay.g * S + jnp.einsum("bnjd,bnje->bnde", decay.z * K, V)
 
 
-# -- decays ------------------------------------------------------------------------------------------------------
-
-
-class _Spans(NamedTuple):
-    """Where the tokens of each chunk stand; every leaf is int32 with the chunks G in front."""
-
-    segment: jax.Array  # [G, B, C], 0 is padding
-    position: jax.Array  # [G, B, C], live tokens of the chunk up to and including this one
-    entering: jax.Array  # [G, B], segment of the state that enters the chunk
-    leaving: jax.Array  # [G, B], segment of the state that leaves it
-
-
-def _spans(chunk, segment_ids_BT):
-    """Return the spans of all chunks; the row's tail is filled up with padding."""
-    (segment_GBC,) = _cut(chunk, segment_ids_BT)
-    G, _, C = segment_GBC.shape
-    live_GBC = segment_GBC > 0
-    first_B = jnp.argmax(segment_ids_BT > 0, axis=1)  # 0 where nothing is live: a padding token, segment 0
-    index_GBC = jnp.where(live_GBC, jnp.arange(G * C).reshape(G, 1, C), first_B[:, None])
-    last_GB = jax.lax.cummax(index_GBC.max(2), axis=0)
-    first_1B, leaving_GB = (jnp.take_along_axis(segment_ids_BT, x.T, axis=1).T for x in (first_B[None], last_GB))
-    entering_GB = jnp.concatenate([first_1B, leaving_GB[:-1]])
-    return _Spans(segment_GBC, jnp.cumsum(live_GBC, axis=2, dtype=jnp.int32), entering_GB, leaving_GB)
-
-
-class _Decays(NamedTuple):
-    """The four decays of one chunk, shaped to be multiplied; B is 1 where all rows are alike."""
-
-    D: jax.Array  # [B, N, C, C]
-    a: jax.Array  # [B, C, N, 1]
-    z: jax.Array  # [B, C, N, 1]
-    g: jax.Array  # [B, N, 1, 1]
-
-
-def _decays(slopes_N, spans):
-    """Return the decays of one chunk of spans (without their G)."""
-    segment_BC, position_BC, entering_B, leaving_B = spans
-    C = segment_BC.shape[1]
-    live_BC, length_B = segment_BC > 0, position_BC[:, -1]
-
-    def decay(slopes, steps, seen):
-        # Chosen after exp, which sees no negative step: exp(slope * steps) overflows, and 0 * inf is not 0.
-        return jnp.where(seen, jnp.exp(-slopes * jnp.maximum(steps, 0)), 0)
-
-    seen_BCC = jnp.tril(jnp.ones((C, C), bool)) & live_BC[:, :, None] & (segment_BC[:, :, None] == segment_BC[:, None])
-    steps_BCC = position_BC[:, :, None] - position_BC[:, None]
-    from_entering_BC = live_BC & (segment_BC == entering_B[:, None])
-    to_leaving_BC = live_BC & (segment_BC == leaving_B[:, None])
-    return _Decays(
-        D=decay(slopes_N[:, None, None], steps_BCC[:, None], seen_BCC[:, None]),
-        a=decay(slopes_N[:, None], position_BC[:, :, None, None], from_entering_BC[:, :, None, None]),
-        z=decay(
-            slopes_N[:, None], (length_B[:, None] - position_BC)[:, :, None, None], to_leaving_BC[:, :, None, None]
-        ),
-        g=decay(slopes_N[:, None, None], length_B[:, None, None, None], (entering_B == leaving_B)[:, None, None, None]),
-    )
-
-
-# -- chunks ------------------------------------------------------------------------------------------------------
+def _scan(step, state, blocks, reverse=False):
+    """Return `lax.scan`; a single chunk takes its step without a loop, which XLA then fuses with what is around."""
+    if blocks[0].length.shape[0] > 1:
+        return jax.lax.scan(step, state, blocks, reverse=reverse)
+    state, out = step(state, jax.tree.map(lambda x: x[0], blocks))
+    return state, jax.tree.map(lambda x: x[None], out)
 
 
 def _wide(x):
@@ -162,26 +113,109 @@ def _wide(x):
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _cut(chunk, *rows):
-    """Return every [B, T, ...] as [G, B, C, ...], zeros behind its end."""
-
-    def cut(x):
-        B, T = x.shape[:2]
-        x = jnp.pad(x, [(0, 0), (0, -T % chunk)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
-
-    return [cut(x) for x in rows]
+def _widen(block):
+    return [x.astype(_wide(x)) for x in block]
 
 
-def _join(blocks_GBC, like_BT):
-    """Return [G, B, C, ...] as [B, T, ...]: undo `_cut`."""
-    G, B, C, *rest = blocks_GBC.shape
-    return jnp.moveaxis(blocks_GBC, 0, 1).reshape(B, G * C, *rest)[:, : like_BT.shape[1]]
+# -- where tokens are --------------------------------------------------------------------------------------------
 
 
-def _scan(step, state, blocks, reverse=False):
-    """Return `lax.scan`; one chunk alone is computed in place, because a loop of one keeps XLA from fusing."""
-    if blocks[0].segment.shape[0] > 1:
-        return jax.lax.scan(step, state, blocks, reverse=reverse)
-    state, out = step(state, jax.tree.map(lambda x: x[0], blocks))
-    return state, jax.tree.map(lambda x: x[None], out)
+class _Layout(NamedTuple):
+    """The rows after their live tokens were moved to the front; B is 1 where nothing was moved and all are alike."""
+
+    segment_BT: jax.Array  # int32, that of the live tokens, then 0
+    length_B: jax.Array  # int32, live tokens
+    source_BT: jax.Array | None  # int32, where token t of the front came from; T behind the last. None: not moved
+    target_BT: jax.Array | None  # int32, where token t went; T for padding
+
+
+def _layout(q_BTNH, segment_ids_BT):
+    """Return the layout of the batch."""
+    B, T = q_BTNH.shape[:2]
+    if segment_ids_BT is None:
+        return _Layout(jnp.ones((1, T), jnp.int32), jnp.full(1, T, jnp.int32), None, None)
+    live_BT = segment_ids_BT > 0
+    count_BT = jnp.cumsum(live_BT, axis=1, dtype=jnp.int32)
+    target_BT = jnp.where(live_BT, count_BT - 1, T)
+    t_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    source_BT = jnp.full((B, T), T, jnp.int32).at[jnp.arange(B)[:, None], target_BT].set(t_BT, mode="drop")
+    return _Layout(_move(segment_ids_BT, source_BT), count_BT[:, -1], source_BT, target_BT)
+
+
+def _move(x_BT, index_BT):
+    """Return x[b, index[b, t]], zero where the index is T."""
+    return x_BT.at[jnp.arange(x_BT.shape[0])[:, None], index_BT].get(mode="fill", fill_value=0)
+
+
+def _cut(chunk, x_BTNH, layout):
+    """Return [G, B, N, C, H], live tokens in front, zeros behind the last."""
+    B, T, N, H = x_BTNH.shape
+    if layout.source_BT is not None:
+        x_BTNH = _move(x_BTNH, layout.source_BT)
+    x_BTNH = jnp.pad(x_BTNH, [(0, 0), (0, -T % chunk), (0, 0), (0, 0)])
+    return jnp.einsum("bgcnh->gbnch", x_BTNH.reshape(B, -1, chunk, N, H))
+
+
+def _join(x_GBNCH, layout):
+    """Return [B, T, N, H], every token in its own place again, zeros where there is padding."""
+    G, B, N, C, H = x_GBNCH.shape
+    x_BTNH = jnp.einsum("gbnch->bgcnh", x_GBNCH).reshape(B, G * C, N, H)[:, : layout.segment_BT.shape[1]]
+    return x_BTNH if layout.target_BT is None else _move(x_BTNH, layout.target_BT)
+
+
+class _Spans(NamedTuple):
+    """What lies in each chunk; int32 arrays, the chunks G in front."""
+
+    segment: jax.Array  # [G, B, C], 0 behind the last live token
+    length: jax.Array  # [G, B], live tokens
+    entering: jax.Array  # [G, B], segment of the state that enters
+    leaving: jax.Array  # [G, B], segment of the state that leaves
+
+
+def _spans(chunk, layout):
+    B, T = layout.segment_BT.shape
+    segment_BT = jnp.pad(layout.segment_BT, [(0, 0), (0, -T % chunk)])
+    segment_GBC = segment_BT.reshape(B, -1, chunk).swapaxes(0, 1)
+    edges_G1 = chunk * jnp.arange(segment_GBC.shape[0] + 1)[:, None]
+    before_GB = jnp.minimum(edges_G1, layout.length_B)  # live tokens before each edge of a chunk
+    # A state belongs to the last token it has seen; one that has seen none, to the first it will see.
+    owner_GB = jnp.take_along_axis(layout.segment_BT, jnp.maximum(before_GB - 1, 0).T, axis=1).T
+    return _Spans(segment_GBC, jnp.diff(before_GB, axis=0), owner_GB[:-1], owner_GB[1:])
+
+
+# -- decays ------------------------------------------------------------------------------------------------------
+
+
+class _Decays(NamedTuple):
+    """The decays of one chunk, shaped to be multiplied; B is 1 where all rows are alike."""
+
+    D: jax.Array  # [B, N, C, C]
+    a: jax.Array  # [B, N, C, 1]
+    z: jax.Array  # [B, N, C, 1]
+    g: jax.Array  # [B, N, 1, 1]
+
+
+def _decays(chunk, slopes_N):
+    """Return the function from the spans of one chunk to its decays; what all chunks share is made here, once."""
+    slopes_N11, i = slopes_N[:, None, None], jnp.arange(chunk)
+
+    def decay(steps):
+        return jnp.exp(-slopes_N11 * jnp.maximum(steps, 0))  # never exp(slope * steps), which overflows
+
+    seen_NCC = jnp.where(i[:, None] >= i, decay(i[:, None] - i), 0)
+    entered_NC1 = decay(i[:, None] + 1)
+
+    def of_chunk(spans):
+        segment_BC, length_B, entering_B, leaving_B = spans
+        live_BC, length_B111 = segment_BC > 0, length_B[:, None, None, None]
+        same_BCC = (segment_BC[:, :, None] == segment_BC[:, None]) & live_BC[:, None]
+        enters_BC = live_BC & (segment_BC == entering_B[:, None])
+        leaves_BC = live_BC & (segment_BC == leaving_B[:, None])
+        return _Decays(
+            D=jnp.where(same_BCC[:, None], seen_NCC, 0),
+            a=jnp.where(enters_BC[:, None, :, None], entered_NC1, 0),
+            z=jnp.where(leaves_BC[:, None, :, None], decay(length_B111 - 1 - i[:, None]), 0),
+            g=jnp.where((entering_B == leaving_B)[:, None, None, None], decay(length_B111), 0),
+        )
+
+    return of_chunk

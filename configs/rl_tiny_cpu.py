@@ -1,0 +1,44 @@
+"""CISPO on the tiny model, from the SFT cold start: the demo's reinforcement learning.
+
+python -m experiments.train_rl --config=configs/rl_tiny_cpu.py --workdir=runs/rl_tiny --init_from=runs/sft_tiny
+"""
+
+from ml_collections import ConfigDict
+
+from configs import models
+from configs.sft_tiny_cpu import TASKS
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = ConfigDict(
+        dict(
+            seed=0,
+            steps=60,
+            tasks=TASKS,
+            model=models.tiny(),
+            tokenizer=dict(path="configs/tokenizers/reasoning_512.json"),
+            problems=dict(per_task=100_000, heldout_share=0.3, max_prompt_tokens=32),
+            rollout=dict(prompts=32, responses=16, engine_rows=512),
+            sampling=dict(max_tokens=96, temperature=1.0),
+            reward=dict(format_weight=0.1, workers=2),
+            loss=dict(
+                weight_cap=5.0,
+                aggregation="group_tokens",  # equation 4
+                ratio_anchor="rollout",
+            ),
+            update=dict(updates_per_batch=4, passes=1, micro_batch_rows=8, row_tokens=256),
+            optimizer=dict(learning_rate=2e-4, warmup_updates=4, max_grad_norm=1.0),
+            evaluation=dict(every=20, problems=500, sampling=dict(max_tokens=96, temperature=1.0)),
+            checkpoint=dict(every=10, keep=2),
+        )
+    )
+    if argument == "smoke":
+        config.steps = 2
+        config.rollout = dict(prompts=4, responses=4, engine_rows=16)
+        config.sampling.max_tokens = 16
+        config.update = dict(updates_per_batch=2, passes=1, micro_batch_rows=4, row_tokens=0)
+        config.evaluation = dict(every=1, problems=8, sampling=dict(max_tokens=16, temperature=1.0))
+        config.checkpoint.every = 1
+    elif argument:
+        raise ValueError(f"unknown argument {argument!r}; there is smoke")
+    return config

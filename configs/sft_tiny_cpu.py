@@ -1,0 +1,43 @@
+"""SFT cold start of the tiny model: worked solutions of two reasoning_gym tasks, with slips that get corrected.
+
+    python -m experiments.train_sft --config=configs/sft_tiny_cpu.py --workdir=runs/sft_tiny
+
+Two laptop cores, about 3 minutes. Stop early on purpose: reinforcement learning needs room above.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import models
+
+TASKS = "count_bits(min_n=1, max_n=2047), chain_sum(min_terms=2, max_terms=4, min_digits=1, max_digits=1)"
+
+
+def get_config(argument: str = "") -> ConfigDict:
+    config = ConfigDict(
+        dict(
+            seed=0,
+            steps=300,
+            tasks=TASKS,
+            reflection=0.05,  # a slip and its correction in one of twenty steps
+            model=models.tiny(),
+            tokenizer=dict(path="configs/tokenizers/reasoning_512.json"),
+            problems=dict(per_task=100_000, heldout_share=0.3, max_prompt_tokens=32),
+            rows=dict(per_update=32, tokens=192, micro_batch_rows=32),
+            balance_coefficient=1e-3,
+            optimizer=dict(
+                learning_rate=3e-3,
+                warmup_updates=20,
+                schedule="cosine",
+                decay_updates=280,
+                max_grad_norm=1.0,
+            ),
+            checkpoint=dict(every=100, keep=2),
+        )
+    )
+    if argument == "smoke":
+        config.steps = 3
+        config.rows = dict(per_update=4, tokens=128, micro_batch_rows=2)
+        config.checkpoint.every = 2
+    elif argument:
+        raise ValueError(f"unknown argument {argument!r}; there is smoke")
+    return config

@@ -1,0 +1,74 @@
+"""Rewards of responses: what the verifier says of the answer, plus a little for the form.
+
+    reward = correctness + format_weight * format        correctness and format are 0 or 1
+
+Knows tasks and text only: neither tokens nor groups nor advantages.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from m1jax.rewards.format import extract_answer, format_reward
+from m1jax.rewards.grader import Grader, Job
+from m1jax.types import Problem, Task
+
+
+UNSCORED = ("no_answer", "error", "timeout")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards of B responses, in their order.
+
+    Attributes:
+        rewards: float32 [B], what training maximises.
+        correct: float32 [B], 1 where the verifier gave full credit.
+        format: float32 [B], 1 where the form is exact.
+        outcomes: how many responses had no answer ("no_answer"), and how the verifier fared with the others
+            ("scored", "error", "timeout"); sums to B.
+    """
+
+    rewards: np.ndarray
+    correct: np.ndarray
+    format: np.ndarray
+    outcomes: Mapping[str, int]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the share of responses in good form and, by outcome, that of those whose answer was not scored."""
+        shares = {f"reward/{name}": self.outcomes.get(name, 0) / max(1, len(self.format)) for name in UNSCORED}
+        return {"reward/format": float(self.format.mean()) if len(self.format) else 0.0, **shares}
+
+
+def score_responses(
+    grader: Grader,
+    tasks: Mapping[str, Task],
+    problems: Sequence[Problem],
+    texts: Sequence[str],
+    format_weight: float = 0.0,
+) -> Scores:
+    """Return the rewards of `texts`, response by response.
+
+    Args:
+        grader: runs the verifiers.
+        tasks: tasks of the run by name; `Problem.task` names one of them.
+        problems: [B], what each response answers.
+        texts: [B], responses as text, the end token left out.
+        format_weight: what the exact form is worth beside a correct answer.
+
+    A response without an answer is wrong, and no verifier is asked. A verifier's partial credit counts as wrong.
+    """
+    answers = [extract_answer(text) for text in texts]
+    asked = [index for index, answer in enumerate(answers) if answer is not None]
+    verdicts = grader.score([Job(tasks[problems[i].task].verifier, answers[i], problems[i].row) for i in asked])
+
+    correct = np.zeros(len(texts), np.float32)
+    correct[asked] = [verdict.score >= 1.0 for verdict in verdicts]
+    format = np.array([format_reward(text) for text in texts], np.float32)
+    outcomes = Counter(verdict.outcome for verdict in verdicts)
+    outcomes["no_answer"] = len(texts) - len(asked)
+    return Scores(correct + np.float32(format_weight) * format, correct, format, dict(outcomes))

@@ -1,0 +1,250 @@
+"""What a run is made of, set up from its config: data, verifiers, engine, state, checkpoints, sinks, folder.
+
+The loop (`m1jax.rl.loop`) is the algorithm; this is everything around it that has to be opened, restored, written
+down and closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from m1jax.config import to_dict
+from m1jax.data.chat import render
+from m1jax.data.problems import TrainProblems, heldout, majority_share, parse_tasks
+from m1jax.data.tokenizer import load_tokenizer
+from m1jax.errors import UserError
+from m1jax.rewards.grader import Grader
+from m1jax.rewards.score import score_responses
+from m1jax.rl.engine_local import LocalEngine
+from m1jax.rl.evaluate import Answered
+from m1jax.rl.prompts import PromptSource, heldout_prompts
+from m1jax.rl.settings import RLConfig
+from m1jax.rl.update import make_update
+from m1jax.sharding import check_rows, data_mesh
+from m1jax.train import report
+from m1jax.train.checkpoint import Checkpoints, restore_params
+from m1jax.train.clock import Clock
+from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
+from m1jax.train.optimizer import make_optimizer
+from m1jax.train.state import TrainState, init_state
+from m1jax.types import Engine, Params, Prompt, Rollout, Task
+
+SAMPLES = 10
+"""Held-out answers that samples.md shows before and after."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the reward stage says of P prompts with R responses each."""
+
+    rewards_PR: np.ndarray
+    correct_PR: np.ndarray
+    metrics: dict[str, float]
+
+
+@dataclass
+class Run:
+    """One RL run while it is open. `state`, `step` and `cursor` change as it goes; all three are saved together.
+
+    Attributes:
+        step: generation batches done.
+        cursor: global prompt index of the next prompt.
+        state: parameters, optimizer, PRNG key.
+        outcome: held-out tables and answers of the first and of the last evaluation, and seconds by stage so far.
+    """
+
+    config: RLConfig
+    folder: Path
+    tasks: dict[str, Task]
+    source: PromptSource
+    heldout: list[Prompt]
+    tokenizer: Any
+    grader: Grader
+    engine: Engine
+    update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    checkpoints: Checkpoints
+    sinks: Sinks
+    clock: Clock
+    log: Callable[[str], None]
+    state: TrainState
+    step: int = 0
+    cursor: int = 0
+    outcome: dict[str, Any] = field(default_factory=lambda: {"heldout": {}, "samples": {}, "seconds": {}})
+    pending: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def noise_seed(self) -> int:
+        """Seed of the sampling noise, drawn from the run's own key (which is saved) and the same in every step."""
+        return int(jax.random.bits(self.state.key)) >> 1
+
+    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> Scores:
+        """Rewards of all responses, judged on their text by the tasks' verifiers."""
+        problems = [p.problem for p, group in zip(prompts, rollouts, strict=True) for _ in group]
+        scored = score_responses(
+            self.grader, self.tasks, problems, self._texts(rollouts), self.config.reward.format_weight
+        )
+        shape = (len(prompts), -1)
+        return Scores(scored.rewards.reshape(shape), scored.correct.reshape(shape), scored.metrics())
+
+    def score_heldout(self, prompts, rollouts):
+        """(texts, correctness) of one response to each prompt."""
+        return self._texts(rollouts), self.score(prompts, rollouts).correct_PR[:, 0]
+
+    def _texts(self, rollouts: Sequence[Sequence[Rollout]]) -> list[str]:
+        stop_ids = set(self.tokenizer.stop_ids)
+        return [
+            self.tokenizer.decode([i for i in map(int, r.token_ids) if i not in stop_ids])
+            for group in rollouts
+            for r in group
+        ]
+
+    def record_heldout(self, answers: Sequence[Answered], table: dict[str, tuple[int, int]]) -> None:
+        """Note an evaluation: in the metrics of this step, and as `before` or `after` of the outcome."""
+        when = "before" if self.step == 0 else "after"
+        shown = [a for task in table for a in [a for a in answers if a.prompt.problem.task == task][:SAMPLES]]
+        self.outcome["samples"][when] = [{"index": a.prompt.index, "text": a.text, "correct": bool(a.correct)} for a in shown]
+        for task, (right, n) in table.items():
+            accuracy = report.accuracy(right, n)
+            self.outcome["heldout"].setdefault(task, {})[when] = accuracy
+            self.pending |= {f"heldout/{task}/{key}": accuracy[key] for key in ("mean", "low", "high")}
+            self.log(f"held-out {task}: {accuracy['mean']:.3f} [{accuracy['low']:.3f}, {accuracy['high']:.3f}] of {n}")
+        if self.step == 0:
+            self.record({})
+            self.save()
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Send the metrics of this step to the sinks, with the seconds of each stage and the step's throughput."""
+        lap = self.clock.lap()
+        total = self.outcome["seconds"]
+        for stage, seconds in lap.items():
+            total[stage] = total.get(stage, 0.0) + seconds
+        metrics = metrics | self.pending | {f"time/{stage}": seconds for stage, seconds in lap.items()}
+        if tokens := metrics.get("rollout/tokens"):
+            metrics["time/tokens_per_second"] = tokens / max(sum(lap.values()) - lap.get("compile", 0.0), 1e-9)
+        self.pending = {}
+        self.sinks.write(self.step, metrics)
+
+    def save(self) -> None:
+        """Save everything that the next step depends on."""
+        with self.clock.stage("save"):
+            meta = {"step": self.step, "cursor": self.cursor, "outcome": self.outcome, "config": to_dict(self.config)}
+            self.checkpoints.save(self.step, self.state, meta)
+
+    def finish(self) -> None:
+        """Write summary.json, samples.md and curves.png from what was recorded."""
+        self.checkpoints.wait()
+        by_index = {p.index: p.problem for p in self.heldout}
+        majority = {
+            task: majority_share([p for p in by_index.values() if p.task == task]) for task in self.outcome["heldout"]
+        }
+        rows = report.load_run(self.folder).metrics
+        final = {k: v for k, v in rows[-1].items() if k not in ("step", "time")} if rows else {}
+        report.write_json(
+            self.folder / report.SUMMARY,
+            {
+                "heldout": {t: {"majority": majority[t], **v} for t, v in self.outcome["heldout"].items()},
+                "seconds": self.outcome["seconds"],
+                "steps": self.step,
+                "updates": int(self.state.updates),
+                "final": final,
+            },
+        )
+        report.write_samples(self.folder / report.SAMPLES, self._samples(by_index))
+        report.draw_curves(self.folder)
+
+    def _samples(self, by_index) -> list[report.Sample]:
+        after = {s["index"]: s for s in self.outcome["samples"].get("after", [])}
+        per_task = max(SAMPLES // max(len(self.outcome["heldout"]), 1), 1)
+        samples, shown = [], dict.fromkeys(self.outcome["heldout"], 0)
+        for before in self.outcome["samples"].get("before", []):
+            problem = by_index[before["index"]]
+            if before["index"] in after and shown[problem.task] < per_task:
+                shown[problem.task] += 1
+                then = after[before["index"]]
+                samples.append(
+                    report.Sample(
+                        problem.task, problem.question, problem.answer,
+                        before["text"], float(before["correct"]), then["text"], float(then["correct"]),
+                    )
+                )  # fmt: skip
+        return samples
+
+
+@contextmanager
+def open_run(config: RLConfig, workdir: str | Path, params: Params | None, log: Callable[[str], None]) -> Iterator[Run]:
+    """Set a run up, restored from its last checkpoint where it has one, and close it whatever happens."""
+    folder, mesh = Path(workdir), data_mesh()
+    for rows, name in (
+        (config.update.micro_batch_rows, "config.update.micro_batch_rows"),
+        (config.rollout.engine_rows // config.rollout.responses, "config.rollout.engine_rows / responses"),
+        (config.rollout.engine_rows, "config.rollout.engine_rows"),
+    ):
+        check_rows(rows, name, mesh)
+
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size: {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of the "
+            f"tokenizer {config.tokenizer.path or '(bytes)'}; raise it"
+        )
+    tokenize = partial(
+        render, template=config.tokenizer.chat_template, system=config.tokenizer.system_prompt, tokenizer=tokenizer
+    )
+    tasks = parse_tasks(config.tasks)
+    problems = TrainProblems(tasks, config.problems.heldout_share, config.problems.per_task, config.seed)
+    unseen = [p for t in tasks for p in heldout(t, config.evaluation.problems, config.problems.heldout_share)]
+
+    resumed = report.claim_run_folder(folder, config)
+    optimizer = make_optimizer(config.optimizer)
+    with ExitStack() as stack:
+        clock = Clock()
+        stack.callback(clock.close)
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint.keep, log))
+        if params is None and config.init_from and not resumed:
+            params, _ = restore_params(config.init_from)
+        state = init_state(config.seed, config.model, optimizer, mesh, params)
+        restored = checkpoints.restore_latest(state)
+        step, cursor, outcome = 0, 0, None
+        if restored is not None:
+            step, state, meta = restored
+            cursor, outcome = meta["cursor"], meta["outcome"]
+            log(f"resumed {folder} after step {step} of {config.steps}")
+        first = step if restored is not None else -1
+        sinks = Sinks(
+            [
+                JsonlSink(folder / report.METRICS, resume_step=first),
+                TensorBoardSink(folder / "tensorboard", resume_step=first if restored is not None else None),
+                ConsoleSink(config.steps, step),
+            ]
+        )
+        stack.callback(sinks.close)
+        grader = stack.enter_context(Grader(config.reward.workers, config.reward.cpu_seconds))
+        engine = LocalEngine(
+            config.model,
+            prompt_tokens=config.problems.max_prompt_tokens,
+            rows=config.rollout.engine_rows,
+            stop_ids=tokenizer.stop_ids,
+            mesh=mesh,
+        )
+        engine.set_weights(state.params, step)
+        update = make_update(
+            config.model, config.loss, optimizer, mesh,
+            temperature=config.sampling.temperature, passes=config.update.passes,
+        )  # fmt: skip
+        log(config.loss.describe())
+        run = Run(
+            config=config, folder=folder, tasks={t.name: t for t in tasks}, source=PromptSource(problems, tokenize, config.seed),
+            heldout=heldout_prompts(unseen, tokenize), tokenizer=tokenizer, grader=grader, engine=engine, update=update,
+            checkpoints=checkpoints, sinks=sinks, clock=clock, log=log, state=state, step=step, cursor=cursor,
+        )  # fmt: skip
+        if outcome is not None:
+            run.outcome = outcome
+        yield run

@@ -1,0 +1,197 @@
+"""Supervised fine-tuning: worked solutions, packed rows, loss on the answers only. Settings, data and loop.
+
+result = train(config, "runs/sft")
+result.params
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import grain
+import jax
+import numpy as np
+
+from m1jax.config import to_dict
+from m1jax.data.chat import render
+from m1jax.data.packing import pack
+from m1jax.data.problems import TrainProblems, parse_tasks
+from m1jax.data.settings import ProblemsConfig, TokenizerConfig
+from m1jax.data.tokenizer import load_tokenizer
+from m1jax.data.worked_solutions import worked_solution
+from m1jax.errors import NonFinite, UserError
+from m1jax.model.config import ModelConfig
+from m1jax.sharding import check_rows, data_mesh
+from m1jax.train import report
+from m1jax.train.checkpoint import Checkpoints, restore_params
+from m1jax.train.clock import Clock
+from m1jax.train.interrupt import Interrupted, StopSignal
+from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
+from m1jax.train.next_token import TokenBatch, make_supervised_update
+from m1jax.train.optimizer import OptimizerConfig, make_optimizer
+from m1jax.train.settings import CheckpointConfig
+from m1jax.train.state import init_state
+
+
+@dataclass(frozen=True)
+class RowsConfig:
+    """The rows of one update.
+
+    Attributes:
+        per_update: packed rows of an update.
+        tokens: length of a row.
+        micro_batch_rows: rows per forward and backward pass; divides per_update. Lower it when memory runs out.
+    """
+
+    per_update: int
+    tokens: int
+    micro_batch_rows: int
+
+    def __post_init__(self):
+        if self.per_update % self.micro_batch_rows:
+            raise ValueError(f"micro_batch_rows: {self.micro_batch_rows} does not divide per_update {self.per_update}")
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """A supervised run.
+
+    Attributes:
+        seed: of parameters, order of problems and slips of the solutions.
+        steps: updates.
+        tasks: comma-separated task specs; each needs worked solutions (`m1jax.data.worked_solutions`).
+        reflection: probability, for every step of a solution, of a slip that the solution then corrects.
+        balance_coefficient: weight of the experts' load-balancing loss.
+        init_from: run or checkpoint folder to start from; "" starts from random parameters.
+    """
+
+    seed: int
+    steps: int
+    tasks: str
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    problems: ProblemsConfig
+    rows: RowsConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    reflection: float = 0.1
+    balance_coefficient: float = 1e-3
+    init_from: str = ""
+
+    def __post_init__(self):
+        if not 0 <= self.reflection < 1:
+            raise ValueError(f"reflection: {self.reflection} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class WorkedSolutions:
+    """Sequence number i of a run: prompt ids, and answer ids with the stop token. The same i gives the same ids."""
+
+    config: SFTConfig
+
+    def __post_init__(self):
+        c = self.config
+        tokenizer = load_tokenizer(c.tokenizer.path)
+        tasks = parse_tasks(c.tasks)
+        problems = TrainProblems(tasks, c.problems.heldout_share, c.problems.per_task, c.seed)
+        for task in tasks:
+            worked_solution(task[0], Random(0), 0.0)  # a task without solutions is refused before anything runs
+        order = grain.MapDataset.source(problems).seed(c.seed).shuffle().repeat()
+        object.__setattr__(self, "_order", order)
+        object.__setattr__(self, "_tokenizer", tokenizer)
+
+    def __getitem__(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        c, tokenizer = self.config, self._tokenizer
+        problem = self._order[index]
+        prompt = render(
+            problem.question, template=c.tokenizer.chat_template, system=c.tokenizer.system_prompt, tokenizer=tokenizer
+        )
+        text = worked_solution(problem, Random(f"{c.seed}/{index}"), c.reflection)
+        return prompt, (*tokenizer.encode(text), tokenizer.stop_ids[0])
+
+
+def pack_rows(sequences: WorkedSolutions, cursor: int, rows: RowsConfig) -> tuple[TokenBatch, int]:
+    """Fill the rows of one update with sequences cursor, cursor + 1, ... until the next one finds no place.
+
+    Returns:
+        The batch, every answer token of equal weight (their sum is 1), and the cursor of the next update.
+    """
+    lead = (rows.per_update, rows.tokens)
+    tokens, segments, weights = np.zeros(lead, np.int32), np.zeros(lead, np.int32), np.zeros(lead, np.float32)
+    used, count = np.zeros(rows.per_update, int), np.zeros(rows.per_update, int)
+    while True:
+        prompt, answer = sequences[cursor]
+        length = len(prompt) + len(answer)
+        if length > rows.tokens:
+            raise UserError(f"sequence {cursor} has {length} tokens, a row {rows.tokens}; raise config.rows.tokens")
+        fits = np.flatnonzero(used + length <= rows.tokens)
+        if not fits.size:
+            break
+        row, cursor = fits[0], cursor + 1
+        count[row] += 1
+        whole = slice(used[row], used[row] + length)
+        tokens[row, whole] = prompt + answer
+        segments[row, whole] = count[row]
+        weights[row, used[row] + len(prompt) : used[row] + length] = 1.0
+        used[row] += length
+    weights /= weights.sum()
+    cut = lambda x: x.reshape(-1, rows.micro_batch_rows, rows.tokens)  # noqa: E731
+    return TokenBatch(cut(tokens), cut(segments), cut(weights)), cursor
+
+
+def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = print) -> report.RunResult:
+    """Run, or resume, supervised fine-tuning in `workdir` and return what it left there.
+
+    Raises:
+        UserError, NonFinite, Interrupted: as `m1jax.rl.loop.train`.
+    """
+    folder, mesh = Path(workdir), data_mesh()
+    check_rows(config.rows.micro_batch_rows, "config.rows.micro_batch_rows", mesh)
+    sequences = WorkedSolutions(config)
+    resumed = report.claim_run_folder(folder, config)
+    optimizer = make_optimizer(config.optimizer)
+    params = restore_params(config.init_from)[0] if config.init_from and not resumed else None
+    state = init_state(config.seed, config.model, optimizer, mesh, params)
+    update = make_supervised_update(config.model, optimizer, mesh, balance_coefficient=config.balance_coefficient)
+    step, cursor, seconds = 0, 0, {}
+    clock = Clock()
+    with Checkpoints(folder / "checkpoints", config.checkpoint.keep, log) as checkpoints, StopSignal() as stop:
+        if (restored := checkpoints.restore_latest(state)) is not None:
+            step, state, meta = restored
+            cursor, seconds = meta["cursor"], meta["seconds"]
+            log(f"resumed {folder} after update {step} of {config.steps}")
+        sinks = Sinks([
+            JsonlSink(folder / report.METRICS, resume_step=step),
+            TensorBoardSink(folder / "tensorboard", resume_step=step if restored else None),
+            ConsoleSink(config.steps, step),
+        ])  # fmt: skip
+        while step < config.steps:
+            with clock.stage("batch"):
+                batch, cursor = pack_rows(sequences, cursor, config.rows)
+            with clock.stage("update"):
+                state, metrics = update(state, batch)
+                metrics = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
+            step += 1
+            if not np.isfinite(metrics["train/loss"]):
+                raise NonFinite(step, "update", "train/loss")
+            lap = clock.lap()
+            seconds = {stage: seconds.get(stage, 0.0) + lap.get(stage, 0.0) for stage in seconds | lap}
+            metrics["train/tokens"] = int((batch.segment_ids > 0).sum())
+            metrics["time/tokens_per_second"] = metrics["train/tokens"] / max(lap["batch"] + lap["update"], 1e-9)
+            sinks.write(step, metrics | {f"time/{stage}": value for stage, value in lap.items()})
+            if step % config.checkpoint.every == 0 or step == config.steps or stop.requested:
+                meta = {"step": step, "cursor": cursor, "seconds": seconds, "config": to_dict(config)}
+                checkpoints.save(step, state, meta)
+            if stop.requested and step < config.steps:
+                checkpoints.wait()
+                raise Interrupted(stop.exit_code)
+        sinks.close()
+        clock.close()
+    rows = report.load_run(folder).metrics
+    report.write_json(folder / report.SUMMARY, {"steps": step, "seconds": seconds, "final": rows[-1] if rows else {}})
+    report.draw_curves(folder)
+    return report.load_run(folder)

@@ -1,0 +1,43 @@
+"""Signals as a flag."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from m1jax.train.interrupt import StopSignal
+
+
+@pytest.mark.parametrize(("number", "name", "code"), [(signal.SIGTERM, "SIGTERM", 75), (signal.SIGINT, "SIGINT", 130)])
+def test_a_signal_sets_the_flag_and_the_old_handler_comes_back(number, name, code):
+    before = signal.getsignal(number)
+    with StopSignal() as stop:
+        assert (stop.requested, stop.exit_code) == (None, 0)
+        os.kill(os.getpid(), number)
+        assert (stop.requested, stop.exit_code) == (name, code)
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_control_c_after_a_request_does_not_wait(first):
+    with StopSignal() as stop:
+        os.kill(os.getpid(), first)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == first.name
+
+
+def test_a_thread_may_open_it():
+    seen = []
+
+    def body():
+        with StopSignal() as stop:
+            seen.append(stop.requested)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [None]
