@@ -72,16 +72,14 @@ def make() -> Tokenizer:
 def report(path: Path) -> None:
     """Print the lengths of prompts and solutions in tokens, by task."""
     tokenizer, rng = load_tokenizer(str(path)), Random(1)
-    print(
-        f"{path}: {tokenizer.vocab_size} ids\n{'task':18} {'prompt mean':>11} {'max':>4} {'solution mean':>14} {'max':>4}"
-    )
+    print(f"{path}: {tokenizer.vocab_size} ids")
+    print(f"{'task':18} {'prompt mean':>11} {'max':>4} {'solution mean':>14} {'max':>4}")
     for task in parse_tasks(WORKED):
         problems = [task[index] for index in range(2000)]
         prompts = [len(render(problem.question, tokenizer=tokenizer)) for problem in problems]
         solutions = [len(tokenizer.encode(worked_solution(problem, rng, 0.1))) + 1 for problem in problems]  # + <eos>
-        print(
-            f"{task.name:18} {sum(prompts) / 2000:11.1f} {max(prompts):4} {sum(solutions) / 2000:14.1f} {max(solutions):4}"
-        )
+        mean_prompt, mean_solution = sum(prompts) / len(prompts), sum(solutions) / len(solutions)
+        print(f"{task.name:18} {mean_prompt:11.1f} {max(prompts):4} {mean_solution:14.1f} {max(solutions):4}")
     sample = worked_solution(problems[0], rng, 0.5)
     print(" | ".join(tokenizer.decode([index]) for index in tokenizer.encode(problems[0].question + sample)))
 

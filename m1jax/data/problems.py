@@ -20,7 +20,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
@@ -140,7 +140,7 @@ def _gym_task(item: str) -> GymTask:
         call = call if isinstance(call, ast.Call) else ast.Call(call, [], [])
         if not isinstance(call.func, ast.Name) or call.args or any(keyword.arg is None for keyword in call.keywords):
             raise ValueError("not name(key=value, ...)")
-        name, params = call.func.id, {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        name, params = call.func.id, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError) as error:
         forms = "name(key=value, ...), path.jsonl, path.jsonl@module:function or module:function"
         raise UserError(f"tasks: cannot read {item!r}; a task is {forms}") from error
@@ -168,7 +168,7 @@ def _gym_dataset(name: str, params: str):
 
 @functools.lru_cache(maxsize=64)
 def _gym_length(name: str, params: str) -> int:
-    """Return how many problems can be asked for: a million, or the size asked for, or what a few sets hold in memory."""
+    """Return how many problems can be asked for: a million, the size asked for, or what a few sets hold in memory."""
     data, endless = _gym_dataset(name, params), 1_000_000
     if "size" in ast.literal_eval(params):
         return len(data)
@@ -179,7 +179,7 @@ def _gym_length(name: str, params: str) -> int:
     return endless
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def _nearest(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.4)
     return "nearest: " + ", ".join(near) if near else "there are: " + ", ".join(sorted(known))
 

@@ -12,6 +12,7 @@ hang on a lock that one of them held. They see our `sys.path` and folder, so a u
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import selectors
@@ -21,7 +22,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from m1jax.types import Verdict
 
@@ -34,11 +35,13 @@ class Job(NamedTuple):
     row: Mapping[str, Any]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     """A child process and what we know of it: jobs it owes us (oldest first), bytes read so far, when it last spoke."""
 
     process: subprocess.Popen
+    stdin: IO[bytes]
+    stdout: IO[bytes]
     owes: collections.deque[int] = field(default_factory=collections.deque)
     buffer: bytes = b""
     heard: float = 0.0
@@ -110,7 +113,7 @@ class Grader:
     # ------------------------------------------------------------ one worker
 
     def _fill(self, count: int) -> None:
-        """Have `count` living workers; one that died idle (killed from outside) must not cost the next job a verdict."""
+        """Have `count` living workers: one that was killed while idle must not cost the next job its verdict."""
         for dead in [worker for worker in self._workers if worker.process.poll() is not None]:
             self._workers.remove(dead)
             self._kill(dead)
@@ -128,14 +131,13 @@ class Grader:
             env=environment,
             start_new_session=True,  # Ctrl-C is for us to handle
         )
-        return _Worker(process, heard=time.monotonic())
+        assert process.stdin and process.stdout
+        return _Worker(process, process.stdin, process.stdout, heard=time.monotonic())
 
     def _send(self, worker: _Worker, jobs: list) -> None:
-        try:
-            worker.process.stdin.write(json.dumps(jobs).encode() + b"\n")
-            worker.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it is dead, which `_listen` finds out and deals with
+        with contextlib.suppress(BrokenPipeError):  # it is dead, which `_listen` finds out and deals with
+            worker.stdin.write(json.dumps(jobs).encode() + b"\n")
+            worker.stdin.flush()
 
     def _listen(self, verdicts: dict[int, Verdict], waiting: collections.deque[int]) -> None:
         """Wait until some worker speaks, dies or is late; record what it said, and replace it if it is gone."""
@@ -143,7 +145,7 @@ class Grader:
         late_at = min(worker.heard for worker in busy) + self._wall
         with selectors.DefaultSelector() as selector:
             for worker in busy:
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                selector.register(worker.stdout, selectors.EVENT_READ, worker)
             ready = [key.data for key, _ in selector.select(max(0.0, late_at - time.monotonic()))]
         for worker in busy:
             well = worker not in ready or self._read(worker, verdicts)
@@ -159,7 +161,7 @@ class Grader:
 
     def _read(self, worker: _Worker, verdicts: dict[int, Verdict]) -> bool:
         """Take what the worker has written; False where it has closed its end or writes what no worker writes."""
-        data = os.read(worker.process.stdout.fileno(), 1 << 16)
+        data = os.read(worker.stdout.fileno(), 1 << 16)
         *lines, worker.buffer = (worker.buffer + data).split(b"\n")
         worker.heard = time.monotonic()
         for line in lines:
@@ -177,9 +179,7 @@ class Grader:
         """End the worker and return how it ended: what it died of itself, if it was dead already."""
         worker.process.kill()
         code = worker.process.wait()
-        worker.process.stdout.close()
-        try:
-            worker.process.stdin.close()
-        except BrokenPipeError:
-            pass  # a job that was never read
+        worker.stdout.close()
+        with contextlib.suppress(BrokenPipeError):  # a job that was never read
+            worker.stdin.close()
         return code

@@ -153,4 +153,4 @@ def _balanced(text: str) -> bool:
 def _parse(text: str) -> list:
     # LaTeX only: the plain reader takes whichever number comes last, so "41 or 42" would offer both.
     text = re.sub(r"\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", re.sub(r"(?<!\\)\b(pi|infty)\b", r"\\\1", text))
-    return parse(f"${text.replace('**', '^')}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=None)
+    return parse(f"${text.replace('**', '^')}$", [LatexExtractionConfig()], "no_fallback", parsing_timeout=0)

@@ -71,7 +71,7 @@ def dataset(name: str, params: str):
         ValueError, TypeError, AssertionError: the package does not take these arguments.
     """
     for module in _EVAL:
-        importlib.import_module(f"reasoning_gym.{module}").eval = ast.literal_eval
+        vars(importlib.import_module(f"reasoning_gym.{module}"))["eval"] = ast.literal_eval
     return reasoning_gym.create_dataset(name, **ast.literal_eval(params))
 
 

@@ -17,7 +17,6 @@ from m1jax.rewards.format import extract_answer, format_reward
 from m1jax.rewards.grader import Grader, Job
 from m1jax.types import Problem, Task
 
-
 UNSCORED = ("no_answer", "error", "timeout")
 
 
@@ -63,11 +62,13 @@ def score_responses(
     A response without an answer is wrong, and no verifier is asked. A verifier's partial credit counts as wrong.
     """
     answers = [extract_answer(text) for text in texts]
-    asked = [index for index, answer in enumerate(answers) if answer is not None]
-    verdicts = grader.score([Job(tasks[problems[i].task].verifier, answers[i], problems[i].row) for i in asked])
+    asked = {index: answer for index, answer in enumerate(answers) if answer is not None}
+    verdicts = grader.score(
+        [Job(tasks[problems[i].task].verifier, answer, problems[i].row) for i, answer in asked.items()]
+    )
 
     correct = np.zeros(len(texts), np.float32)
-    correct[asked] = [verdict.score >= 1.0 for verdict in verdicts]
+    correct[list(asked)] = [verdict.score >= 1.0 for verdict in verdicts]
     format = np.array([format_reward(text) for text in texts], np.float32)
     outcomes = Counter(verdict.outcome for verdict in verdicts)
     outcomes["no_answer"] = len(texts) - len(asked)

@@ -20,9 +20,12 @@ import resource
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 
 def main() -> None:
+    """Score jobs until the parent closes the pipe."""
     cpu_seconds, memory_bytes = float(sys.argv[1]), int(sys.argv[2])
     out = os.dup(1)
     os.dup2(2, 1)
@@ -56,11 +59,14 @@ def _read(jobs: queue.SimpleQueue[list]) -> None:
     os._exit(0)
 
 
-@functools.lru_cache(maxsize=None)
-def load(verifier: str):
+@functools.cache
+def load(verifier: str) -> Callable[[str, Any], Any]:
     """Return the function that "module:function" names. Raises ImportError or AttributeError."""
     module, _, name = verifier.partition(":")
-    return functools.reduce(getattr, name.split("."), importlib.import_module(module))
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
 
 
 if __name__ == "__main__":

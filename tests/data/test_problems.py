@@ -120,7 +120,10 @@ def test_the_split_is_a_matter_of_the_text_alone_and_keeps_its_share():
 
 
 def test_problems_are_the_same_in_another_process():
-    code = f"from m1jax.data.problems import *; print([p.question for t in parse_tasks({DEMO!r}) for p in heldout(t, 5, .3)])"
+    code = (
+        "from m1jax.data.problems import heldout, parse_tasks\n"
+        f"print([p.question for task in parse_tasks({DEMO!r}) for p in heldout(task, 5, 0.3)])"
+    )
     here = [p.question for task in parse_tasks(DEMO) for p in heldout(task, 5, 0.3)]
     there = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True

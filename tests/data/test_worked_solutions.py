@@ -55,7 +55,7 @@ def test_by_hand(given, text):
 def test_a_slip_is_a_wrong_number_taken_back_at_once():
     given = problem("count_bits", number=345)
     words = worked_solution(given, Random(0), 1.0).removeprefix("<think> ").split("</think>")[0].split()
-    right = "345:1 172:1 86:1 43:2 21:3 10:3 5:4 2:4 1:5".split()
+    right = ["345:1", "172:1", "86:1", "43:2", "21:3", "10:3", "5:4", "2:4", "1:5"]
     assert [after for before, after in zip(words, words[1:], strict=False) if before == "wait"]
     for at, word in enumerate(words):
         if word == "wait":

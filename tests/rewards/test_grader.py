@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -98,9 +99,9 @@ def test_many_large_jobs_do_not_jam_the_pipes(grader):
 
 
 def test_a_worker_killed_while_idle_costs_nothing(grader, tmp_path):
-    file = str(tmp_path / "pids")
-    grader.score([job("pid", file=file)] * 8)
-    for pid in set(open(file).read().split()):
+    file = tmp_path / "pids"
+    grader.score([job("pid", file=str(file))] * 8)
+    for pid in set(file.read_text().split()):
         os.kill(int(pid), signal.SIGKILL)
     time.sleep(0.1)
     assert grader.score([job("echo", "1")] * 8) == [Verdict(1.0)] * 8
@@ -122,7 +123,7 @@ def test_workers_die_with_their_parent(grader, tmp_path):
             os.kill(pid, 0)
         except ProcessLookupError:
             return
-        if open(f"/proc/{pid}/stat").read().split()[2] == "Z":
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
             return  # dead; whoever inherited it has not noticed
         time.sleep(0.1)
     pytest.fail(f"worker {pid} lives on")

@@ -1,5 +1,6 @@
 """Claims about rewards/reasoning_gym.py: gold gets 1, junk 0, for every task; answers are never executed."""
 
+import contextlib
 import json
 
 import pytest
@@ -8,10 +9,14 @@ from reasoning_gym.factory import DATASETS
 from m1jax.data.problems import GymTask
 from m1jax.rewards.reasoning_gym import is_plain_expression, score
 
-JUNK = ["", " ", "junk", "{}", "[]", "()", "[[]]", "nan", "inf", "-1e999", "None", "a" * 5000, "9" * 5000, "0", "1", "yes",
-        "- - -", "__import__('os').getpid()"]  # fmt: skip
+JUNK = ["", " ", "junk", "{}", "[]", "()", "[[]]", "nan", "inf", "-1e999", "None", "a" * 5000, "9" * 5000, "0", "1",
+        "yes", "- - -", "__import__('os').getpid()"]  # fmt: skip
 FAST = ["count_bits", "chain_sum", "gcd", "base_conversion", "game_of_life_halting", "coin_flip", "complex_arithmetic",
-        "spell_backward", "countdown", "prime_factorization", "arc_agi", "n_queens", "polynomial_multiplication"]  # fmt: skip
+        "spell_backward", "countdown", "prime_factorization", "arc_agi", "n_queens", "polynomial_multiplication",
+        "string_insertion"]  # fmt: skip
+
+# What verifiers raise on junk; in the grader an error scores 0.
+RAISED = (ValueError, TypeError, ArithmeticError, SyntaxError, LookupError, AttributeError)
 
 
 def sweep(name: str, problems: int) -> None:
@@ -22,10 +27,8 @@ def sweep(name: str, problems: int) -> None:
             assert score(problem.answer, row) == 1.0
         for junk in JUNK:
             if junk.strip().lower() != str(problem.answer).lower() and not _same_number(junk, problem.answer):
-                try:
+                with contextlib.suppress(*RAISED):
                     assert score(junk, row) == 0.0, f"{name}: {junk[:30]!r} for {problem.answer!r}"
-                except (ValueError, TypeError, ArithmeticError, SyntaxError, LookupError, AttributeError):
-                    pass  # an error scores 0 in the grader
 
 
 def _same_number(junk: str, answer: str | None) -> bool:
@@ -59,8 +62,11 @@ def test_mended_verifiers():
     assert [score(answer, row("complex_arithmetic", "1 + 2i", result=[1, 2])) for answer in ("nan", "1 + 2i")] == [0, 1]
 
 
-@pytest.mark.parametrize("name", ["string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "puzzle24", "countdown",
-                                  "simple_integration", "intermediate_integration", "polynomial_multiplication"])  # fmt: skip
+EVALUATING = ["string_insertion", "spiral_matrix", "binary_matrix", "n_queens", "puzzle24", "countdown",
+              "simple_integration", "intermediate_integration", "polynomial_multiplication"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVALUATING)
 def test_answers_are_never_executed(name, tmp_path):
     touched = tmp_path / "touched"
     problem = GymTask(name, name, "{'seed': 0}")[0]
@@ -69,10 +75,8 @@ def test_answers_are_never_executed(name, tmp_path):
         f"[open({str(touched)!r}, 'w')]",
         f"S(\"open({str(touched)!r},'w')\")",
     ):
-        try:
+        with contextlib.suppress(*RAISED):
             assert score(answer, problem.row) == 0
-        except (ValueError, TypeError, SyntaxError):
-            pass
     assert not touched.exists()
 
 

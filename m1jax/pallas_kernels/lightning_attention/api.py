@@ -70,9 +70,8 @@ def lightning_attention(
             f"lightning attention has no implementation {implementation!r} on {jax.default_backend()}; "
             f"available: {sorted(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[implementation](
-        q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH, chunk=chunk
-    )
+    inputs = q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH
+    return IMPLEMENTATIONS[implementation](*jax.tree.map(jnp.asarray, inputs), chunk=chunk)
 
 
 def lightning_decode(
@@ -102,10 +101,10 @@ def lightning_decode(
     _check_shape("slopes", slopes_N, (N,))
     _check_shape("state", state_BNHH, (B, N, H, H))
     dtype = state_BNHH.dtype
-    q, k, v = (x.astype(dtype) for x in (q_BNH, k_BNH, v_BNH))
-    decay_N = jnp.exp(-jax.lax.stop_gradient(slopes_N).astype(dtype))
+    q, k, v = (jnp.asarray(x, dtype) for x in (q_BNH, k_BNH, v_BNH))
+    decay_N = jnp.exp(-jax.lax.stop_gradient(jnp.asarray(slopes_N, dtype)))
     new_BNHH = decay_N[:, None, None] * state_BNHH + k[:, :, :, None] * v[:, :, None, :]
-    o_BNH = jnp.sum(q[:, :, :, None] * new_BNHH, axis=2)  # one pass over the state; a product of one row is slower
+    o_BNH = jnp.einsum("bnd,bnde->bne", q, new_BNHH)
     if live_B is not None:
         _check_shape("live", live_B, (B,))
         new_BNHH = jnp.where(live_B[:, None, None, None], new_BNHH, state_BNHH)

@@ -1,6 +1,7 @@
 """The public function of the experts: it checks shapes and chooses an implementation, nothing else."""
 
 import jax
+import jax.numpy as jnp
 
 from m1jax.pallas_kernels.moe import reference, xla
 
@@ -60,4 +61,5 @@ def expert_mlp(
             f"expert_mlp has no implementation {implementation!r} on {jax.default_backend()}; "
             f"available: {sorted(IMPLEMENTATIONS)}"
         )
-    return IMPLEMENTATIONS[implementation](x_TD, expert_ids_TA, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD)
+    inputs = x_TD, expert_ids_TA, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD
+    return IMPLEMENTATIONS[implementation](*map(jnp.asarray, inputs))
