@@ -69,23 +69,31 @@ def softmax_attention(
     return jnp.moveaxis(o, 0, 1).reshape(B, -1, N, H)[:, :T]
 
 
+MASKED, LOWEST_TOP = -1e30, -1e29
+"""Score of a key that is not seen, and the least that a row's maximum may be: exp of their difference is 0, also in
+a row of masked scores only, so that no further mask is needed and nothing, gradients included, becomes NaN."""
+
+
 def _attend(k_BSKH, v_BSKH, k_positions_BS, k_segment_ids_BS, queries):
-    """Return o_BTNH of one block of queries (q, positions, segments) over all keys. G: query heads per kv head."""
+    """Return o_BTNH of one block of queries (q, positions, segments) over all keys.
+
+    G are the query heads of one key/value head. They are laid beside the queries, [B, K, G T, H] against
+    [B, K, S, H]: plain batched products, three times as fast on CPU as einsums over five axes.
+    """
     q_BTNH, q_positions_BT, q_segment_ids_BT = queries
-    (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
+    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
     seen_BTS = (
         (q_segment_ids_BT[:, :, None] == k_segment_ids_BS[:, None])
         & (k_segment_ids_BS[:, None] > 0)
         & (k_positions_BS[:, None] <= q_positions_BT[:, :, None])
-    )[:, None, None]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=wide) * H**-0.5
-    # Every exponent is finite and at most 0, also where a query sees nothing, so no gradient can be NaN.
-    scores_BKGTS = jnp.where(seen_BTS, scores_BKGTS, jnp.finfo(wide).min)
-    top_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
-    exp_BKGTS = jnp.where(seen_BTS, jnp.exp(scores_BKGTS - top_BKGT1), 0)
-    sum_BKGT1 = exp_BKGTS.sum(-1, keepdims=True)
-    weights_BKGTS = exp_BKGTS / jnp.where(sum_BKGT1 == 0, 1, sum_BKGT1)
-    o_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH.astype(wide))
-    return o_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+    )
+    q_BKXH = jnp.einsum("btkgh->bkgth", q_BTNH.reshape(B, T, K, N // K, H)).reshape(B, K, -1, H)
+    k_BKSH, v_BKSH = (jnp.einsum("bskh->bksh", x) for x in (k_BSKH, v_BSKH))
+    scores_BKXS = jnp.einsum("bkxh,bksh->bkxs", q_BKXH, k_BKSH, preferred_element_type=wide) * H**-0.5
+    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKXS.reshape(B, K, N // K, T, S), MASKED)
+    top_BKGT1 = jax.lax.stop_gradient(jnp.maximum(scores_BKGTS.max(-1, keepdims=True), LOWEST_TOP))
+    exp_BKXS = jnp.exp(scores_BKGTS - top_BKGT1).reshape(B, K, -1, S)
+    sum_BKX1 = exp_BKXS.sum(-1, keepdims=True)
+    o_BKXH = jnp.einsum("bkxs,bksh->bkxh", exp_BKXS, v_BKSH.astype(wide)) / jnp.where(sum_BKX1 == 0, 1, sum_BKX1)
+    return jnp.einsum("bkgth->btkgh", o_BKXH.reshape(B, K, -1, T, H)).reshape(B, T, N, H).astype(q_BTNH.dtype)

@@ -16,7 +16,7 @@ The loop goes over blocks, not a batched product over all of them: the activatio
 gate and up are computed again in the backward pass sooner than kept (half the time of the batched form on CPU).
 """
 
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -134,7 +134,7 @@ def _sum_rows(slots_GCD, layout, combine_weights_TA=None):
     rows = [slots_SD.at[slot_T].get(mode="promise_in_bounds") for slot_T in layout.slot_TA.T]
     if combine_weights_TA is not None:
         rows = [combine_T[:, None] * row_TD for combine_T, row_TD in zip(combine_weights_TA.T, rows, strict=True)]
-    return sum(rows)
+    return reduce(jnp.add, rows)
 
 
 def _wide(x):

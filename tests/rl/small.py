@@ -1,0 +1,52 @@
+"""A decoder of two layers and a generation batch, small enough for exact tests."""
+
+import jax
+import numpy as np
+
+from m1jax.model import transformer
+from m1jax.model.config import ModelConfig
+from m1jax.rl.advantage import group_advantages
+from m1jax.rl.batch import BatchShape, UpdateConfig, make_batch
+from m1jax.types import Batch, Problem, Prompt, Rollout
+
+
+def config(dtype: str = "float32") -> ModelConfig:
+    return ModelConfig(
+        vocab_size=23, num_layers=2, hidden_size=16, num_heads=2, num_kv_heads=1, head_dim=8, rotary_dim=4,
+        num_experts=3, experts_per_token=2, expert_dim=12, lightning_alpha=1.4, softmax_alpha=1.4, mlp_alpha=1.4,
+        layer_pattern=("lightning", "softmax"), init_std=0.3, dtype=dtype, param_dtype=dtype,
+        lightning_chunk=8, attention_block=8,
+    )  # fmt: skip
+
+
+def params(model: ModelConfig, seed: int = 0):
+    return jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), model)
+
+
+def prompts(count: int = 4) -> list[Prompt]:
+    rng = np.random.default_rng(5)
+    return [Prompt(i, Problem("t", f"q{i}", "a"), tuple(rng.integers(2, 23, 2 + i % 3).tolist())) for i in range(count)]
+
+
+def rollouts(prompts_: list[Prompt], responses: int = 4, seed: int = 1) -> list[list[Rollout]]:
+    """Ragged responses of 1 to 8 tokens with made-up engine log-probabilities."""
+    rng = np.random.default_rng(seed)
+    return [
+        [
+            Rollout(p.index, r, rng.integers(1, 23, n).astype(np.int32), -rng.exponential(2, n).astype(np.float32), "stop", 0)
+            for r, n in enumerate(rng.integers(1, 9, responses))
+        ]
+        for p in prompts_
+    ]  # fmt: skip
+
+
+def batch(
+    prompts_, rollouts_, *, updates=1, micro_rows=16, row_tokens=0, aggregation="group_tokens", rewards=None
+) -> Batch:
+    responses = len(rollouts_[0])
+    if rewards is None:
+        rewards = np.random.default_rng(7).integers(0, 2, (len(prompts_), responses)) + 0.1 * np.arange(responses)
+    advantages, live = group_advantages(rewards)
+    update = UpdateConfig(updates_per_batch=updates, micro_batch_rows=micro_rows, row_tokens=row_tokens)
+    shape = BatchShape.of(update, len(prompts_), responses, window=12)
+    return make_batch(prompts_, rollouts_, advantages, live, shape, aggregation)
