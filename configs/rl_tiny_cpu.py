@@ -26,19 +26,23 @@ def get_config(argument: str = "") -> ConfigDict:
                 aggregation="group_tokens",  # equation 4
                 ratio_anchor="rollout",
             ),
-            update=dict(updates_per_batch=4, passes=1, micro_batch_rows=8, row_tokens=256),
-            optimizer=dict(learning_rate=2e-4, warmup_updates=4, max_grad_norm=1.0),
+            update=dict(updates_per_batch=4, passes=1, micro_batch_rows=16, row_tokens=128),
+            optimizer=dict(learning_rate=1e-4, warmup_updates=4, max_grad_norm=1.0),
             evaluation=dict(every=20, problems=500, sampling=dict(max_tokens=96, temperature=1.0)),
             checkpoint=dict(every=10, keep=2),
         )
     )
     if argument == "smoke":
-        config.steps = 2
-        config.rollout = dict(prompts=4, responses=4, engine_rows=16)
-        config.sampling.max_tokens = 16
-        config.update = dict(updates_per_batch=2, passes=1, micro_batch_rows=4, row_tokens=0)
-        config.evaluation = dict(every=1, problems=8, sampling=dict(max_tokens=16, temperature=1.0))
-        config.checkpoint.every = 1
+        config.update(
+            dict(
+                steps=2,
+                rollout=dict(prompts=4, responses=4, engine_rows=16),
+                sampling=dict(max_tokens=16),
+                update=dict(updates_per_batch=2, micro_batch_rows=4, row_tokens=0),
+                evaluation=dict(every=1, problems=8, sampling=dict(max_tokens=16)),
+                checkpoint=dict(every=1),
+            )
+        )
     elif argument:
         raise ValueError(f"unknown argument {argument!r}; there is smoke")
     return config

@@ -32,6 +32,8 @@ from ml_collections import ConfigDict
 from m1jax.errors import NonFinite, UserError
 from m1jax.train.interrupt import Interrupted
 
+MICRO_BATCH = "the micro_batch_rows of the stage that ran (config.update in RL, config.rows in SFT)"
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -48,23 +50,25 @@ class Arguments:
     init_from: Path | None
 
 
-def run(main: Callable[[Arguments], None], default_config: str | None = None) -> NoReturn:
+def run(main: Callable[[Arguments], None], default_config: str | None = None, memory: str = MICRO_BATCH) -> NoReturn:
     """Parse the command line, call `main`, leave the process with the right exit code.
 
     Args:
         main: the entry point's own work.
         default_config: what --config is where the command line leaves it out; None demands it.
+        memory: what to lower where memory runs out.
     """
     argv = sys.argv[1:]
-    sys.exit(guard(lambda: main(parse(argv, default_config)), resume=_command(argv)))
+    sys.exit(guard(lambda: main(parse(argv, default_config)), _command(argv), memory))
 
 
-def guard(body: Callable[[], None], resume: str = "") -> int:
+def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH) -> int:
     """The exit code of `body`; what a user can act on becomes one line on stderr, bugs keep their traceback.
 
     Args:
         body: what to run.
         resume: the command that continues it.
+        memory: what to lower where memory runs out.
     """
     use_compile_cache()
     from jax.errors import JaxRuntimeError
@@ -84,7 +88,7 @@ def guard(body: Callable[[], None], resume: str = "") -> int:
         if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         detail = str(error).strip().split("\n")[0][:160]
-        return _say(f"error: out of memory: lower config.update.micro_batch_rows and run again ({detail})", 2)
+        return _say(f"error: out of memory: lower {memory} and run again ({detail})", 2)
     except OSError as error:
         from m1jax.train.checkpoint import is_disk_full
 

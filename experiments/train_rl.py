@@ -18,4 +18,4 @@ def main(arguments: cli.Arguments) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, memory="config.update.micro_batch_rows (or, in the rollout, config.rollout.engine_rows)")

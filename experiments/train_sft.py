@@ -17,4 +17,4 @@ def main(arguments: cli.Arguments) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, memory="config.rows.micro_batch_rows")

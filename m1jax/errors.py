@@ -1,5 +1,8 @@
 """The errors that end a run with one clear line. Nothing here knows who raises them or who prints them."""
 
+import math
+from collections.abc import Mapping
+
 
 class UserError(ValueError):
     """A mistake of the user's.
@@ -21,3 +24,13 @@ class NonFinite(ArithmeticError):
     def __init__(self, step: int, stage: str, what: str):
         super().__init__(f"step {step}, stage {stage}: {what} is not finite; stopped, the last good checkpoint stays")
         self.step, self.stage, self.what = step, stage, what
+
+
+def require_finite(step: int, stage: str, metrics: Mapping[str, float]) -> None:
+    """Raise NonFinite where the loss, or a norm of gradient or parameters, is NaN or infinite.
+
+    The norm of the new parameters is among them so that parameters which are not finite are never saved.
+    """
+    for name in ("train/loss", "train/grad_norm", "train/param_norm"):
+        if not math.isfinite(metrics.get(name, 0.0)):
+            raise NonFinite(step, stage, name)

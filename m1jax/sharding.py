@@ -6,6 +6,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from m1jax.errors import UserError
+
 DATA = "data"
 
 
@@ -15,12 +17,13 @@ def data_mesh() -> Mesh:
 
 
 def check_rows(rows: int, name: str, mesh: Mesh) -> None:
-    """Raise ValueError where the devices do not divide a number of rows; `name` is the config key to change."""
+    """Raise UserError where the devices do not divide a number of rows; `name` is the config key to change."""
     if rows % mesh.size:
         below, above = rows // mesh.size * mesh.size, (rows // mesh.size + 1) * mesh.size
         choice = f"{below} or {above}" if below else f"{above}"
-        raise ValueError(f"{name}: {rows} rows cannot be dealt out to {mesh.size} devices; choose {choice}")
+        raise UserError(f"{name}: {rows} rows cannot be dealt out to {mesh.size} devices; choose {choice}")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device of the mesh."""
     return NamedSharding(mesh, P())

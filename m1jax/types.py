@@ -21,6 +21,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import jax
 import numpy as np
 
+Array = Any
+"""One array: NumPy on the host, `jax.Array` inside a jitted function. Dtype and shape stand where it is used."""
+
 Params = Any
 """A tree of arrays: the parameters of the decoder, as `m1jax.model.transformer.init` makes them."""
 
@@ -110,7 +113,10 @@ class Engine(Protocol):
     """What turns prompts into rollouts: in this process, or a server elsewhere."""
 
     def set_weights(self, params: Params, version: int) -> None:
-        """Use these parameters from the next call on and stamp rollouts with `version`."""
+        """Use these parameters from the next call on and stamp rollouts with `version`.
+
+        The arrays live until the next update, which writes over their memory: copy what is to stay longer.
+        """
         ...
 
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
@@ -139,8 +145,15 @@ class Task(Protocol):
     process can load it; `row` is `Problem.row`.
     """
 
-    name: str
-    verifier: str
+    @property
+    def name(self) -> str:
+        """Name in tables and metrics, unlike any other task's in the run."""
+        ...
+
+    @property
+    def verifier(self) -> str:
+        """The verifier's "module:function"."""
+        ...
 
     def __len__(self) -> int:
         """Number of problems (a procedural task: as many as were asked for)."""
@@ -165,8 +178,8 @@ class Batch:
         rollout_logprobs: float32 [U, M, B, T], by the alignment rule; 0 where `weights` is 0.
     """
 
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    weights: np.ndarray
-    advantages: np.ndarray
-    rollout_logprobs: np.ndarray
+    tokens: Array
+    segment_ids: Array
+    weights: Array
+    advantages: Array
+    rollout_logprobs: Array

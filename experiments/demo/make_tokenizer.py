@@ -85,7 +85,7 @@ def report(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("configs/tokenizers/reasoning_512.json"))
     out = parser.parse_args().out
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -264,29 +264,39 @@ def heldout(task: Task, count: int, share: float) -> list[Problem]:
 
 
 class TrainProblems:
-    """Training problems of several tasks in turn: item i belongs to task i mod len(tasks).
+    """Training problems of several tasks in turn: with mix (1, 3) the items belong to tasks 0 1 1 1 0 1 1 1 ...
 
     A random-access source without state, fit for `grain.MapDataset.source` and picklable where its tasks are. A task
     with more than `problems_per_task` problems offers that many, each found when asked for; a smaller one (a JSONL
     file) is read once and its training rows come again in a new order, pass after pass, until the number is reached.
     """
 
-    def __init__(self, tasks: Sequence[Task], share: float, problems_per_task: int, seed: int):
+    def __init__(
+        self, tasks: Sequence[Task], share: float, problems_per_task: int, seed: int, mix: Sequence[int] = ()
+    ):
         """Make the source; `seed` chooses which problems of a large task, and the order of a small one.
 
         Raises:
-            UserError: a small task has no training rows.
+            UserError: a small task has no training rows, or `mix` is not one number for each task.
         """
+        mix = tuple(mix) or (1,) * len(tasks)
+        if len(mix) != len(tasks):
+            raise UserError(f"problems.mix: {len(mix)} shares for {len(tasks)} tasks; give one whole number a task")
+        # Of every task, which of its places in a round each item of the round takes.
+        self._round = [(which, place) for which, count in enumerate(mix) for place in range(count)]
+        self._mix, self._rounds = mix, problems_per_task // max(mix)
         self.tasks, self.share, self.problems_per_task, self.seed = tuple(tasks), share, problems_per_task, seed
         self._small = {task.name: self._train_indices(task) for task in self.tasks if len(task) <= problems_per_task}
 
     def __len__(self) -> int:
-        return len(self.tasks) * self.problems_per_task
+        return self._rounds * len(self._round)
 
     def __getitem__(self, index: int) -> Problem:
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
-        place, which = divmod(index, len(self.tasks))
+        turn, item = divmod(index, len(self._round))
+        which, place = self._round[item]
+        place += turn * self._mix[which]
         task = self.tasks[which]
         if task.name in self._small:
             order = self._small[task.name]

@@ -70,15 +70,16 @@ class ModelConfig:
     attention_block: int = 128
 
     def __post_init__(self):
-        for name in ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim",
-                     "num_experts", "experts_per_token", "expert_dim", "lightning_chunk", "attention_block"):  # fmt: skip
+        positive = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim",
+                    "num_experts", "experts_per_token", "expert_dim", "lightning_chunk", "attention_block")  # fmt: skip
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
         if unknown := set(self.layer_pattern) - set(LAYER_KINDS):
             raise ValueError(f"layer_pattern: {sorted(unknown)} unknown; choose from {LAYER_KINDS}")
         if not self.layer_pattern or self.num_layers % len(self.layer_pattern):
             raise ValueError(
-                f"num_layers: {self.num_layers} is not a multiple of the {len(self.layer_pattern)} layers of layer_pattern"
+                f"num_layers: {self.num_layers} is not a multiple of layer_pattern's {len(self.layer_pattern)} layers"
             )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads: {self.num_kv_heads} does not divide num_heads {self.num_heads}")

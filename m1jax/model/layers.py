@@ -18,12 +18,25 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def parameter(
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: jnp.dtype | str,
+    init: nn.initializers.Initializer,
+) -> jax.Array:
+    """A parameter of `module`; `axes` are its logical axis names."""
+    boxed = nn.with_logical_partitioning(init, axes)
+    return module.param(name, boxed, shape, jnp.dtype(dtype))  # pyright: ignore[reportReturnType]  # Flax unboxes it
+
+
 def weight(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig
 ) -> jax.Array:
-    """A weight matrix of `module`, N(0, init_std), in the compute dtype; `axes` are its logical axis names."""
-    init = nn.with_logical_partitioning(nn.initializers.normal(config.init_std), axes)
-    return module.param(name, init, shape, jnp.dtype(config.param_dtype)).astype(config.dtype)
+    """A weight matrix of `module`, N(0, init_std), in the compute dtype."""
+    init = nn.initializers.normal(config.init_std)
+    return parameter(module, name, shape, axes, config.param_dtype, init).astype(config.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -35,8 +48,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, v_MD: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones, (self.axis,))
-        scale_D = self.param("scale", init, (v_MD.shape[-1],), jnp.dtype(self.config.param_dtype))
+        shape, dtype = (v_MD.shape[-1],), self.config.param_dtype
+        scale_D = parameter(self, "scale", shape, (self.axis,), dtype, nn.initializers.ones)
         v32_MD = at_least_float32(v_MD)
         normed_MD = v32_MD * jax.lax.rsqrt(jnp.mean(v32_MD**2, axis=-1, keepdims=True) + self.eps)
         return normed_MD.astype(self.config.dtype) * scale_D.astype(self.config.dtype)

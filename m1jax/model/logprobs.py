@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from m1jax.model.config import ModelConfig
 from m1jax.model.transformer import head, hidden_states
-from m1jax.types import Params
+from m1jax.types import Array, Params
 
 
 def token_logprobs(
-    params: Params, config: ModelConfig, tokens_BT: jax.Array, segment_ids_BT: jax.Array, temperature: float = 1.0
+    params: Params, config: ModelConfig, tokens_BT: Array, segment_ids_BT: Array, temperature: float = 1.0
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """log p(tokens[b, t] | earlier tokens of its segment) under softmax(logits / temperature).
 

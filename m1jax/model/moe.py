@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from m1jax.model.config import ModelConfig
-from m1jax.model.layers import at_least_float32, weight
+from m1jax.model.layers import at_least_float32, parameter, weight
 from m1jax.pallas_kernels.moe.api import expert_mlp
 from m1jax.pallas_kernels.moe.router import balance_loss, route
 
@@ -22,10 +22,10 @@ class MixtureOfExperts(nn.Module):
         """Return the branch's output and {"balance_loss": [], "expert_load": [E] shares of the live tokens}."""
         c = self.config
         D, E, F = c.hidden_size, c.num_experts, c.expert_dim
-        # The gate is stored and multiplied in float32: bfloat16 logits flip near-tied choices between trainer and engine.
+        # Stored and multiplied in float32: bfloat16 logits flip near-tied choices between trainer and engine.
         router_dtype = jnp.promote_types(c.param_dtype, jnp.float32)
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("embed", "expert"))
-        w_router_DE = self.param("router", init, (D, E), router_dtype)
+        init = nn.initializers.normal(c.init_std)
+        w_router_DE = parameter(self, "router", (D, E), ("embed", "expert"), router_dtype, init)
         w_gate_EDF = weight(self, "gate", (E, D, F), ("expert", "embed", "mlp"), c)
         w_up_EDF = weight(self, "up", (E, D, F), ("expert", "embed", "mlp"), c)
         w_down_EFD = weight(self, "down", (E, F, D), ("expert", "mlp", "embed"), c)

@@ -16,7 +16,7 @@ the stack and the embedding is normalised before layer 0):
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import flax.linen as nn
 import jax
@@ -27,11 +27,11 @@ from m1jax.model import cache as cache_lib
 from m1jax.model.attention import SoftmaxAttention
 from m1jax.model.cache import Cache
 from m1jax.model.config import ModelConfig
-from m1jax.model.layers import RMSNorm, at_least_float32
+from m1jax.model.layers import RMSNorm, at_least_float32, parameter
 from m1jax.model.lightning import LightningAttention
 from m1jax.model.moe import MixtureOfExperts
 from m1jax.pallas_kernels.lightning_attention.slopes import slopes
-from m1jax.types import Params
+from m1jax.types import Array, Params
 
 
 class Layer(nn.Module):
@@ -83,10 +83,9 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT, context, cache_by_run):
         c = self.config
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("vocab", "embed"))
-        table_VD = self.param("embedding", init, (c.vocab_size, c.hidden_size), jnp.dtype(c.param_dtype))
-        init = nn.with_logical_partitioning(nn.initializers.normal(c.init_std), ("embed", "vocab"))
-        self.param("head", init, (c.hidden_size, c.vocab_size), jnp.dtype(c.param_dtype))
+        D, V, init = c.hidden_size, c.vocab_size, nn.initializers.normal(c.init_std)
+        table_VD = parameter(self, "embedding", (V, D), ("vocab", "embed"), c.param_dtype, init)
+        parameter(self, "head", (D, V), ("embed", "vocab"), c.param_dtype, init)
 
         h_MD = table_VD[tokens_BT.reshape(-1)].astype(c.dtype)
         periods = _scanned(Period, c.num_periods, "periods")(c, name="periods")
@@ -100,7 +99,7 @@ def _scanned(module: Any, length: int, axis_name: str) -> Any:
         length=length,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(0, 0, nn.broadcast),
+        in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # one per argument is fine
         metadata_params={nn.PARTITION_NAME: axis_name},
     )
 
@@ -138,9 +137,19 @@ def logical_axes(config: ModelConfig) -> Any:
     return nn.get_partition_spec(jax.eval_shape(lambda key: _boxed_init(key, config), jax.random.key(0)))
 
 
+@overload
 def hidden_states(
-    params: Params, config: ModelConfig, tokens_BT: jax.Array, segment_ids_BT: jax.Array, cache: Cache | None = None
-) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+    params: Params, config: ModelConfig, tokens_BT: Array, segment_ids_BT: Array, cache: Cache
+) -> tuple[jax.Array, Cache, dict[str, jax.Array]]: ...
+
+
+@overload
+def hidden_states(
+    params: Params, config: ModelConfig, tokens_BT: Array, segment_ids_BT: Array, cache: None = None
+) -> tuple[jax.Array, None, dict[str, jax.Array]]: ...
+
+
+def hidden_states(params, config, tokens_BT, segment_ids_BT, cache=None):
     """Run the decoder up to the final norm.
 
     Args:
@@ -162,7 +171,8 @@ def hidden_states(
         cache, positions_BT = cache_lib.claim_slots(cache, segment_ids_BT)
         slots = (first_slot, cache.slot_positions, cache.slot_segments)
         context, by_run = (positions_BT, segment_ids_BT, slots), cache.layers
-    hidden_MD, layers, routers = Decoder(config).apply({"params": params}, tokens_BT, context, by_run)
+    outputs: Any = Decoder(config).apply({"params": params}, tokens_BT, context, by_run)
+    hidden_MD, layers, routers = outputs
     if cache is not None:
         cache = Cache(layers, cache.slot_positions, cache.slot_segments, cache.next_slot, cache.lengths)
     per_layer = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), router) for router in routers]

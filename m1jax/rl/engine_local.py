@@ -23,7 +23,7 @@ from m1jax.errors import UserError
 from m1jax.model import cache as cache_lib
 from m1jax.model.config import ModelConfig
 from m1jax.model.transformer import head, hidden_states
-from m1jax.sharding import DATA, check_rows
+from m1jax.sharding import DATA
 from m1jax.types import ENDINGS, Params, Prompt, Rollout, Sampling
 
 
@@ -90,7 +90,7 @@ class LocalEngine:
             if length > self.prompt_tokens:
                 raise UserError(
                     f"prompt {prompt.index} of task {prompt.problem.task} has {length} tokens, more than the "
-                    f"prompt window of {self.prompt_tokens}; raise config.prompts.max_tokens"
+                    f"prompt window of {self.prompt_tokens}"
                 )
             tokens_PT[p, :length] = prompt.token_ids
             segment_ids_PT[p, :length] = 1

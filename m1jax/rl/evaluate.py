@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from m1jax.types import Engine, Prompt, Rollout, Sampling
@@ -22,7 +22,7 @@ def evaluate(
     prompts: Sequence[Prompt],
     sampling: Sampling,
     seed: int,
-    score: Callable[[Sequence[Prompt], Sequence[Sequence[Rollout]]], tuple[Sequence[str], Sequence[float]]],
+    score: Callable[[Sequence[Prompt], Sequence[Sequence[Rollout]]], tuple[Sequence[str], Iterable[float]]],
 ) -> list[Answered]:
     """Answer every prompt once.
 

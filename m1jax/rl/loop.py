@@ -10,9 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from m1jax.errors import NonFinite
+from m1jax.errors import require_finite
 from m1jax.rl import evaluate as evaluation
 from m1jax.rl.advantage import group_advantages
 from m1jax.rl.batch import make_batch
@@ -21,11 +20,15 @@ from m1jax.rl.run import Run, open_run
 from m1jax.rl.settings import RLConfig
 from m1jax.train.interrupt import Interrupted, StopSignal
 from m1jax.train.report import RunResult, load_run
-from m1jax.types import Params
+from m1jax.types import Engine, Params
 
 
 def train(
-    config: RLConfig, workdir: str | Path, params: Params | None = None, log: Callable[[str], None] = print
+    config: RLConfig,
+    workdir: str | Path,
+    params: Params | None = None,
+    engine: Engine | None = None,
+    log: Callable[[str], None] = print,
 ) -> RunResult:
     """Run, or resume, an RL run in `workdir` and return what it left there.
 
@@ -33,6 +36,7 @@ def train(
         config: the whole run.
         workdir: its folder; one that holds the same config is resumed at its last checkpoint.
         params: start from these instead of `config.init_from`.
+        engine: samples in place of the local engine, a server for example.
         log: takes the lines meant for a person.
 
     Raises:
@@ -40,10 +44,10 @@ def train(
         NonFinite: the loss or a gradient is NaN or infinite; the last good checkpoint stays.
         Interrupted: SIGTERM or Ctrl-C, after saving.
     """
-    with open_run(config, workdir, params, log) as run, StopSignal() as stop:
-        if run.step == 0:
+    with StopSignal() as stop, open_run(config, workdir, params, engine, log) as run:
+        if not run.outcome["heldout"]:
             evaluate(run)
-        while run.step < config.steps:
+        while run.step < config.steps and not stop.requested:
             with run.clock.stage("prompts"):
                 prompts = run.source.take(run.cursor, config.rollout.prompts)
             with run.clock.stage("rollout"):
@@ -59,17 +63,18 @@ def train(
                 run.state, device_metrics = run.update(run.state, batch)
                 trained = update_metrics(jax.device_get(device_metrics))
             run.step, run.cursor = run.step + 1, run.cursor + len(prompts)
-            check_finite(run.step, trained)
+            require_finite(run.step, "update", trained)
             with run.clock.stage("sync"):
                 run.engine.set_weights(run.state.params, run.step)
             if run.step % config.evaluation.every == 0 or run.step == config.steps:
                 evaluate(run)
             run.record(rollout_metrics(prompts, rollouts, scores.rewards_PR, scores.correct_PR, live_P)
                        | scores.metrics | trained)  # fmt: skip
-            if run.step % config.checkpoint.every == 0 or run.step == config.steps or stop.requested:
+            if run.step % config.checkpoint.every == 0:
                 run.save()
-            if stop.requested and run.step < config.steps:
-                raise Interrupted(stop.exit_code)
+        run.save()
+        if run.step < config.steps:
+            raise Interrupted(stop.exit_code)
         run.finish()
     return load_run(workdir)
 
@@ -81,9 +86,3 @@ def evaluate(run: Run) -> None:
             run.engine, run.heldout, run.config.evaluation.sampling, run.noise_seed, run.score_heldout
         )
     run.record_heldout(answers, evaluation.accuracy_by_task(answers))
-
-
-def check_finite(step: int, metrics: dict[str, float]) -> None:
-    for name in ("train/loss", "train/grad_norm"):
-        if name in metrics and not np.isfinite(metrics[name]):
-            raise NonFinite(step, "update", name)

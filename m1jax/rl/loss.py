@@ -53,8 +53,8 @@ class LossConfig:
     def describe(self) -> str:
         """One line for the start of a run: the band in both conventions."""
         return (
-            f"CISPO: importance weights in [0, {self.weight_cap:g}] (eps_high = {self.weight_cap - 1:g}, no lower bound), "
-            f"ratio against the {self.ratio_anchor} log-probabilities, {self.aggregation} aggregation"
+            f"CISPO: importance weights in [0, {self.weight_cap:g}] (eps_high = {self.weight_cap - 1:g}, "
+            f"no lower bound), ratio against the {self.ratio_anchor} log-probabilities, {self.aggregation} aggregation"
         )
 
 

@@ -20,7 +20,7 @@ from m1jax.config import to_dict
 from m1jax.data.chat import render
 from m1jax.data.problems import TrainProblems, heldout, majority_share, parse_tasks
 from m1jax.data.tokenizer import load_tokenizer
-from m1jax.errors import UserError
+from m1jax.errors import NonFinite, UserError
 from m1jax.rewards.grader import Grader
 from m1jax.rewards.score import score_responses
 from m1jax.rl.engine_local import LocalEngine
@@ -30,7 +30,7 @@ from m1jax.rl.settings import RLConfig
 from m1jax.rl.update import make_update
 from m1jax.sharding import check_rows, data_mesh
 from m1jax.train import report
-from m1jax.train.checkpoint import Checkpoints, restore_params
+from m1jax.train.checkpoint import Checkpoints, restore_params, steps
 from m1jax.train.clock import Clock
 from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
 from m1jax.train.optimizer import make_optimizer
@@ -58,6 +58,7 @@ class Run:
         step: generation batches done.
         cursor: global prompt index of the next prompt.
         state: parameters, optimizer, PRNG key.
+        saved: step of the newest checkpoint, -1 before the first.
         outcome: held-out tables and answers of the first and of the last evaluation, and seconds by stage so far.
     """
 
@@ -77,6 +78,7 @@ class Run:
     state: TrainState
     step: int = 0
     cursor: int = 0
+    saved: int = -1
     outcome: dict[str, Any] = field(default_factory=lambda: {"heldout": {}, "samples": {}, "seconds": {}})
     pending: dict[str, float] = field(default_factory=dict)
 
@@ -86,7 +88,14 @@ class Run:
         return int(jax.random.bits(self.state.key)) >> 1
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> Scores:
-        """Rewards of all responses, judged on their text by the tasks' verifiers."""
+        """Rewards of all responses, judged on their text by the tasks' verifiers.
+
+        Raises:
+            NonFinite: a response has a log-probability that is none; with such weights no group need have variance,
+                so that no update would show it.
+        """
+        if not all(np.isfinite(r.rollout_logprobs).all() for group in rollouts for r in group):
+            raise NonFinite(self.step + 1, "rollout", "a log-probability")
         problems = [p.problem for p, group in zip(prompts, rollouts, strict=True) for _ in group]
         scored = score_responses(
             self.grader, self.tasks, problems, self._texts(rollouts), self.config.reward.format_weight
@@ -94,7 +103,9 @@ class Run:
         shape = (len(prompts), -1)
         return Scores(scored.rewards.reshape(shape), scored.correct.reshape(shape), scored.metrics())
 
-    def score_heldout(self, prompts, rollouts):
+    def score_heldout(
+        self, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]
+    ) -> tuple[list[str], np.ndarray]:
         """(texts, correctness) of one response to each prompt."""
         return self._texts(rollouts), self.score(prompts, rollouts).correct_PR[:, 0]
 
@@ -110,7 +121,9 @@ class Run:
         """Note an evaluation: in the metrics of this step, and as `before` or `after` of the outcome."""
         when = "before" if self.step == 0 else "after"
         shown = [a for task in table for a in [a for a in answers if a.prompt.problem.task == task][:SAMPLES]]
-        self.outcome["samples"][when] = [{"index": a.prompt.index, "text": a.text, "correct": bool(a.correct)} for a in shown]
+        self.outcome["samples"][when] = [
+            {"index": a.prompt.index, "text": a.text, "correct": bool(a.correct)} for a in shown
+        ]
         for task, (right, n) in table.items():
             accuracy = report.accuracy(right, n)
             self.outcome["heldout"].setdefault(task, {})[when] = accuracy
@@ -133,10 +146,13 @@ class Run:
         self.sinks.write(self.step, metrics)
 
     def save(self) -> None:
-        """Save everything that the next step depends on."""
+        """Save everything that the next step depends on, where this step is not saved yet."""
+        if self.saved == self.step:
+            return
         with self.clock.stage("save"):
             meta = {"step": self.step, "cursor": self.cursor, "outcome": self.outcome, "config": to_dict(self.config)}
             self.checkpoints.save(self.step, self.state, meta)
+        self.saved = self.step
 
     def finish(self) -> None:
         """Write summary.json, samples.md and curves.png from what was recorded."""
@@ -179,15 +195,15 @@ class Run:
 
 
 @contextmanager
-def open_run(config: RLConfig, workdir: str | Path, params: Params | None, log: Callable[[str], None]) -> Iterator[Run]:
+def open_run(
+    config: RLConfig, workdir: str | Path, params: Params | None, engine: Engine | None, log: Callable[[str], None]
+) -> Iterator[Run]:
     """Set a run up, restored from its last checkpoint where it has one, and close it whatever happens."""
     folder, mesh = Path(workdir), data_mesh()
-    for rows, name in (
-        (config.update.micro_batch_rows, "config.update.micro_batch_rows"),
-        (config.rollout.engine_rows // config.rollout.responses, "config.rollout.engine_rows / responses"),
-        (config.rollout.engine_rows, "config.rollout.engine_rows"),
-    ):
-        check_rows(rows, name, mesh)
+    check_rows(config.update.micro_batch_rows, "config.update.micro_batch_rows", mesh)
+    if engine is None:
+        check_rows(config.rollout.engine_rows, "config.rollout.engine_rows", mesh)
+        check_rows(config.rollout.engine_rows // config.rollout.responses, "config.rollout.engine_rows / responses", mesh)
 
     tokenizer = load_tokenizer(config.tokenizer.path)
     if config.model.vocab_size < tokenizer.vocab_size:
@@ -199,18 +215,25 @@ def open_run(config: RLConfig, workdir: str | Path, params: Params | None, log: 
         render, template=config.tokenizer.chat_template, system=config.tokenizer.system_prompt, tokenizer=tokenizer
     )
     tasks = parse_tasks(config.tasks)
-    problems = TrainProblems(tasks, config.problems.heldout_share, config.problems.per_task, config.seed)
-    unseen = [p for t in tasks for p in heldout(t, config.evaluation.problems, config.problems.heldout_share)]
+    problems = TrainProblems(
+        tasks, config.problems.heldout_share, config.problems.per_task, config.seed, config.problems.mix
+    )
+    window = config.problems.max_prompt_tokens
+    source = PromptSource(problems, tokenize, window, config.seed)
+    unseen = heldout_prompts(
+        [p for t in tasks for p in heldout(t, config.evaluation.problems, config.problems.heldout_share)],
+        tokenize, window,
+    )  # fmt: skip
 
-    resumed = report.claim_run_folder(folder, config)
+    if params is None and config.init_from and not steps(folder / "checkpoints"):
+        params, _ = restore_params(config.init_from)
     optimizer = make_optimizer(config.optimizer)
+    state = init_state(config.seed, config.model, optimizer, mesh, params)
+    report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
     with ExitStack() as stack:
         clock = Clock()
         stack.callback(clock.close)
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint.keep, log))
-        if params is None and config.init_from and not resumed:
-            params, _ = restore_params(config.init_from)
-        state = init_state(config.seed, config.model, optimizer, mesh, params)
         restored = checkpoints.restore_latest(state)
         step, cursor, outcome = 0, 0, None
         if restored is not None:
@@ -227,7 +250,7 @@ def open_run(config: RLConfig, workdir: str | Path, params: Params | None, log: 
         )
         stack.callback(sinks.close)
         grader = stack.enter_context(Grader(config.reward.workers, config.reward.cpu_seconds))
-        engine = LocalEngine(
+        engine = engine or LocalEngine(
             config.model,
             prompt_tokens=config.problems.max_prompt_tokens,
             rows=config.rollout.engine_rows,
@@ -241,9 +264,8 @@ def open_run(config: RLConfig, workdir: str | Path, params: Params | None, log: 
         )  # fmt: skip
         log(config.loss.describe())
         run = Run(
-            config=config, folder=folder, tasks={t.name: t for t in tasks}, source=PromptSource(problems, tokenize, config.seed),
-            heldout=heldout_prompts(unseen, tokenize), tokenizer=tokenizer, grader=grader, engine=engine, update=update,
-            checkpoints=checkpoints, sinks=sinks, clock=clock, log=log, state=state, step=step, cursor=cursor,
+            config=config, folder=folder, tasks={t.name: t for t in tasks}, source=source, heldout=unseen, tokenizer=tokenizer, grader=grader, engine=engine, update=update,
+            checkpoints=checkpoints, sinks=sinks, clock=clock, log=log, state=state, step=step, cursor=cursor, saved=first,
         )  # fmt: skip
         if outcome is not None:
             run.outcome = outcome

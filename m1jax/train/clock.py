@@ -44,7 +44,7 @@ class Clock:
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._on_span)
 
-    def _on_span(self, event: str, seconds: float, **_: object) -> None:
+    def _on_span(self, event: str, duration_secs: float, **_: object) -> None:
         if event.startswith("/jax/core/compile/"):
             now = time.monotonic()
-            self._spans.append((now - seconds, now))
+            self._spans.append((now - duration_secs, now))

@@ -8,7 +8,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -17,7 +16,7 @@ from m1jax.model.config import ModelConfig
 from m1jax.model.logprobs import token_logprobs
 from m1jax.sharding import DATA
 from m1jax.train.state import TrainState, apply_gradients
-from m1jax.types import Params
+from m1jax.types import Array, Params
 
 
 @jax.tree_util.register_dataclass
@@ -31,9 +30,9 @@ class TokenBatch:
         weights: float32 [M, B, T], what each token's -log p counts; the sum over all is 1, prompts have 0.
     """
 
-    tokens: np.ndarray
-    segment_ids: np.ndarray
-    weights: np.ndarray
+    tokens: Array
+    segment_ids: Array
+    weights: Array
 
 
 def make_supervised_update(

@@ -7,8 +7,8 @@ result.params
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -18,16 +18,15 @@ import numpy as np
 
 from m1jax.config import to_dict
 from m1jax.data.chat import render
-from m1jax.data.packing import pack
 from m1jax.data.problems import TrainProblems, parse_tasks
 from m1jax.data.settings import ProblemsConfig, TokenizerConfig
 from m1jax.data.tokenizer import load_tokenizer
 from m1jax.data.worked_solutions import worked_solution
-from m1jax.errors import NonFinite, UserError
+from m1jax.errors import UserError, require_finite
 from m1jax.model.config import ModelConfig
 from m1jax.sharding import check_rows, data_mesh
 from m1jax.train import report
-from m1jax.train.checkpoint import Checkpoints, restore_params
+from m1jax.train.checkpoint import Checkpoints, restore_params, steps
 from m1jax.train.clock import Clock
 from m1jax.train.interrupt import Interrupted, StopSignal
 from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
@@ -87,26 +86,22 @@ class SFTConfig:
             raise ValueError(f"reflection: {self.reflection} must be at least 0 and below 1")
 
 
-@dataclass(frozen=True)
 class WorkedSolutions:
     """Sequence number i of a run: prompt ids, and answer ids with the stop token. The same i gives the same ids."""
 
-    config: SFTConfig
-
-    def __post_init__(self):
-        c = self.config
-        tokenizer = load_tokenizer(c.tokenizer.path)
+    def __init__(self, config: SFTConfig):
+        self.config, c = config, config
+        self._tokenizer = load_tokenizer(c.tokenizer.path)
         tasks = parse_tasks(c.tasks)
-        problems = TrainProblems(tasks, c.problems.heldout_share, c.problems.per_task, c.seed)
+        problems = TrainProblems(tasks, c.problems.heldout_share, c.problems.per_task, c.seed, c.problems.mix)
         for task in tasks:
             worked_solution(task[0], Random(0), 0.0)  # a task without solutions is refused before anything runs
-        order = grain.MapDataset.source(problems).seed(c.seed).shuffle().repeat()
-        object.__setattr__(self, "_order", order)
-        object.__setattr__(self, "_tokenizer", tokenizer)
+        self._order = grain.MapDataset.source(problems).seed(c.seed).shuffle().repeat()
 
     def __getitem__(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         c, tokenizer = self.config, self._tokenizer
         problem = self._order[index]
+        assert problem is not None  # a filter could leave gaps; there is none
         prompt = render(
             problem.question, template=c.tokenizer.chat_template, system=c.tokenizer.system_prompt, tokenizer=tokenizer
         )
@@ -152,45 +147,56 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     folder, mesh = Path(workdir), data_mesh()
     check_rows(config.rows.micro_batch_rows, "config.rows.micro_batch_rows", mesh)
     sequences = WorkedSolutions(config)
-    resumed = report.claim_run_folder(folder, config)
     optimizer = make_optimizer(config.optimizer)
-    params = restore_params(config.init_from)[0] if config.init_from and not resumed else None
+    fresh = not steps(folder / "checkpoints")
+    params = restore_params(config.init_from)[0] if config.init_from and fresh else None
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     update = make_supervised_update(config.model, optimizer, mesh, balance_coefficient=config.balance_coefficient)
+    report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
     step, cursor, seconds = 0, 0, {}
-    clock = Clock()
-    with Checkpoints(folder / "checkpoints", config.checkpoint.keep, log) as checkpoints, StopSignal() as stop:
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        clock = Clock()
+        stack.callback(clock.close)
+        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint.keep, log))
         if (restored := checkpoints.restore_latest(state)) is not None:
             step, state, meta = restored
             cursor, seconds = meta["cursor"], meta["seconds"]
             log(f"resumed {folder} after update {step} of {config.steps}")
+        saved = step
+
+        def save() -> None:
+            nonlocal saved
+            if saved != step:
+                meta = {"step": step, "cursor": cursor, "seconds": seconds, "config": to_dict(config)}
+                checkpoints.save(step, state, meta)
+                saved = step
+
         sinks = Sinks([
             JsonlSink(folder / report.METRICS, resume_step=step),
             TensorBoardSink(folder / "tensorboard", resume_step=step if restored else None),
             ConsoleSink(config.steps, step),
         ])  # fmt: skip
-        while step < config.steps:
+        stack.callback(sinks.close)
+        while step < config.steps and not stop.requested:
             with clock.stage("batch"):
                 batch, cursor = pack_rows(sequences, cursor, config.rows)
             with clock.stage("update"):
                 state, metrics = update(state, batch)
                 metrics = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
             step += 1
-            if not np.isfinite(metrics["train/loss"]):
-                raise NonFinite(step, "update", "train/loss")
+            require_finite(step, "update", metrics)
             lap = clock.lap()
             seconds = {stage: seconds.get(stage, 0.0) + lap.get(stage, 0.0) for stage in seconds | lap}
             metrics["train/tokens"] = int((batch.segment_ids > 0).sum())
             metrics["time/tokens_per_second"] = metrics["train/tokens"] / max(lap["batch"] + lap["update"], 1e-9)
             sinks.write(step, metrics | {f"time/{stage}": value for stage, value in lap.items()})
-            if step % config.checkpoint.every == 0 or step == config.steps or stop.requested:
-                meta = {"step": step, "cursor": cursor, "seconds": seconds, "config": to_dict(config)}
-                checkpoints.save(step, state, meta)
-            if stop.requested and step < config.steps:
-                checkpoints.wait()
-                raise Interrupted(stop.exit_code)
-        sinks.close()
-        clock.close()
+            if step % config.checkpoint.every == 0:
+                save()
+        save()
+        if step < config.steps:
+            raise Interrupted(stop.exit_code)
+        checkpoints.wait()
     rows = report.load_run(folder).metrics
     report.write_json(folder / report.SUMMARY, {"steps": step, "seconds": seconds, "final": rows[-1] if rows else {}})
     report.draw_curves(folder)

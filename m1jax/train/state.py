@@ -78,13 +78,12 @@ def apply_gradients(
         The new state and the global norms {"grad_norm", "update_norm", "param_norm"}.
     """
     changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, changes)
-    after = TrainState(params, opt_state, state.updates + 1, state.key)
-    kept = jax.tree.map(lambda new, old: jnp.where(live, new, old), (params, opt_state, after.updates),
-                        (state.params, state.opt_state, state.updates))  # fmt: skip
+    after = optax.apply_updates(state.params, changes), opt_state, state.updates + 1
+    before = state.params, state.opt_state, state.updates
+    params, opt_state, updates = jax.tree.map(lambda new, old: jnp.where(live, new, old), after, before)
     norms = {
-        "grad_norm": optax.global_norm(grads),
-        "update_norm": jnp.where(live, optax.global_norm(changes), 0.0),
-        "param_norm": optax.global_norm(params),
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": jnp.where(live, optax.tree.norm(changes), 0.0),
+        "param_norm": optax.tree.norm(params),
     }
-    return TrainState(*kept, state.key), norms
+    return TrainState(params, opt_state, updates, state.key), norms

@@ -185,3 +185,15 @@ def test_majority_share():
     problems = [Problem("t", str(i), answer) for i, answer in enumerate(["1", "2", "1", None])]
     assert majority_share(problems) == 0.5
     assert majority_share(problems[3:]) == majority_share([]) == 0.0
+
+
+def test_mix_says_how_often_each_task_comes():
+    """(1, 3): one of the first, three of the second; every item another question, as many rounds as fit."""
+    tasks = parse_tasks("count_bits(min_n=1, max_n=1000000), chain_sum")
+    source = TrainProblems(tasks, share=0.2, problems_per_task=9, seed=0, mix=(1, 3))
+    assert len(source) == 12
+    names = [source[i].task for i in range(12)]
+    assert names == ["count_bits", "chain_sum", "chain_sum", "chain_sum"] * 3
+    assert len({source[i].question for i in range(12)}) == 12
+    with pytest.raises(UserError, match="problems.mix: 1 shares for 2 tasks"):
+        TrainProblems(tasks, 0.2, 9, 0, mix=(1,))
