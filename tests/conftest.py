@@ -1,10 +1,17 @@
-"""What every test shares: the CPU unless told otherwise, and compiled programs kept between runs."""
+"""What every test shares: the CPU unless told otherwise, and programs that compile quickly and are kept between runs."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
+# The variables, not jax.config: worker processes and entry points that a test starts inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 CACHE = os.environ.setdefault("M1JAX_CACHE", str(Path(__file__).parents[1] / ".cache" / "jax"))
-# The variables, not jax.config: worker processes and entry points that a test starts inherit them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Nearly all time of the suite is compilation, and making the CPU's code quick is four fifths of it: an update of two
+# layers takes 1.6 s instead of 8.9 s. XLA ends the process at a flag that it does not know, and 0.12 knows but one.
+FLAGS = ["--xla_backend_optimization_level=0"]
+if version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([*FLAGS, *os.environ.get("XLA_FLAGS", "").split()])

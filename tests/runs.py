@@ -125,3 +125,29 @@ def _changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             section = section[parent]
         section[last] = value
     return values
+
+
+class ScriptedEngine:
+    """An engine without a model: `<think></think><answer>D</answer><eos>` with a digit drawn from (prompt, sample).
+
+    Every token is said to have had log-probability `logprob`.
+    """
+
+    def __init__(self, logprob: float = -0.7):
+        self.logprob, self.versions, self.asked = logprob, [], []
+
+    def set_weights(self, params, version):
+        self.versions.append(version)
+
+    def generate(self, prompts, responses, sampling, seed):
+        self.asked.append((len(prompts), responses))
+        return [[self._answer(prompt.index, sample) for sample in range(responses)] for prompt in prompts]
+
+    def _answer(self, index, sample):
+        import numpy as np
+
+        from m1jax.types import Rollout
+
+        text = ("<think>", "</think>", "<answer>", str((7 * index + 3 * sample) % 10), "</answer>", "<eos>")
+        ids = np.array([TOKENS.index(token) for token in text], np.int32)
+        return Rollout(index, sample, ids, np.full(len(ids), self.logprob, np.float32), "stop", self.versions[-1])

@@ -36,8 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--head_dim", type=int, default=128, help="MiniMax-M1's by default")
     parser.add_argument("--block", type=int, default=128, help="lightning chunk and block of softmax queries")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sft_updates", type=int, default=60, help="cold start before the generation batches")
-    parser.add_argument("--rl_steps", type=int, default=4, help="generation batches")
+    parser.add_argument("--sft_updates", type=int, default=50, help="cold start before the generation batches")
+    parser.add_argument("--rl_steps", type=int, default=3, help="generation batches")
     parser.add_argument("--init_from", default="", help="run folder to start the generation batches from instead")
     arguments = parser.parse_args(argv)
     if arguments.smoke:

@@ -64,7 +64,9 @@ def configured(path: str, seed: int, smoke: bool) -> dict[str, Any]:
 def table(heldout: Mapping[str, Mapping[str, Any]]) -> str:
     """Held-out accuracy by task: majority answer, after SFT, after RL, with 95% intervals."""
     show = lambda a: f"{a['mean']:.3f} [{a['low']:.3f}, {a['high']:.3f}]"  # noqa: E731
-    lines = [f"{'held-out accuracy':<20}{'n':>6}{'majority':>10}   {'before (SFT)':<24}{'after (CISPO)':<24}{'lift':>7}"]
+    lines = [
+        f"{'held-out accuracy':<20}{'n':>6}{'majority':>10}   {'before (SFT)':<24}{'after (CISPO)':<24}{'lift':>7}"
+    ]
     for task, row in heldout.items():
         before, after = row["before"], row["after"]
         lift = after["mean"] - before["mean"]

@@ -32,9 +32,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     command = f"python -m experiments.demo.study --workdir={arguments.workdir} --seeds={arguments.seeds}"
-    raise SystemExit(
-        cli.guard(lambda: study(Path(arguments.workdir), arguments.seeds, arguments.smoke), command)
-    )
+    raise SystemExit(cli.guard(lambda: study(Path(arguments.workdir), arguments.seeds, arguments.smoke), command))
 
 
 def study(workdir: Path, seeds: int, smoke: bool) -> None:

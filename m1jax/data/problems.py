@@ -271,9 +271,7 @@ class TrainProblems:
     file) is read once and its training rows come again in a new order, pass after pass, until the number is reached.
     """
 
-    def __init__(
-        self, tasks: Sequence[Task], share: float, problems_per_task: int, seed: int, mix: Sequence[int] = ()
-    ):
+    def __init__(self, tasks: Sequence[Task], share: float, problems_per_task: int, seed: int, mix: Sequence[int] = ()):
         """Make the source; `seed` chooses which problems of a large task, and the order of a small one.
 
         Raises:

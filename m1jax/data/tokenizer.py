@@ -133,6 +133,15 @@ def load_tokenizer(path: str = "", stop_tokens: Sequence[str] = ()) -> Tokenizer
     return HFTokenizer(path, stop_tokens) if path else ByteTokenizer(stop_tokens)
 
 
+def check_vocab_size(vocab_size: int, tokenizer: Tokenizer, path: str) -> None:
+    """Raise UserError where a model of this vocabulary has no row for some id of the tokenizer read from `path`."""
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size: {vocab_size} is smaller than the {tokenizer.vocab_size} ids of the tokenizer "
+            f"{path or '(bytes)'}; raise it"
+        )
+
+
 def _without_specials(spec: dict) -> dict:
     """Return the tokenizer file's tree with no special token left to match: what encodes other people's text."""
     model = dict(spec["model"])

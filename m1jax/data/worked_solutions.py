@@ -70,6 +70,17 @@ def _chain_sum(entry: Mapping[str, Any], slip: Slip) -> tuple[list[str], str]:
     return steps or [str(total)], str(total)
 
 
+def _basic_arithmetic(entry: Mapping[str, Any], slip: Slip) -> tuple[list[str], str]:
+    """As `_chain_sum`, which is what it is without products and parentheses."""
+    expression = entry["metadata"]["expression"]
+    if set(expression) - set("0123456789+- "):
+        raise UserError(
+            f"basic_arithmetic: worked solutions know sums only, not {expression!r}; "
+            f"set operators=('+', '-'), allow_parentheses=False, allow_negation=False"
+        )
+    return _chain_sum(entry, slip)
+
+
 def _gcd(entry: Mapping[str, Any], slip: Slip) -> tuple[list[str], str]:
     """Euclid by remainders, folded over the numbers: gcd(48, 36) is `48%36=12 36%12=0`."""
     first, *rest = entry["metadata"]["numbers"]
@@ -99,6 +110,7 @@ def _base_conversion(entry: Mapping[str, Any], slip: Slip) -> tuple[list[str], s
 SOLVERS: dict[str, Callable[[Mapping[str, Any], Slip], tuple[list[str], str]]] = {
     "count_bits": _count_bits,
     "chain_sum": _chain_sum,
+    "basic_arithmetic": _basic_arithmetic,
     "gcd": _gcd,
     "base_conversion": _base_conversion,
 }

@@ -19,8 +19,8 @@ import numpy as np
 from m1jax.config import to_dict
 from m1jax.data.chat import render
 from m1jax.data.problems import TrainProblems, heldout, majority_share, parse_tasks
-from m1jax.data.tokenizer import load_tokenizer
-from m1jax.errors import NonFinite, UserError
+from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
+from m1jax.errors import NonFinite
 from m1jax.rewards.grader import Grader
 from m1jax.rewards.score import score_responses
 from m1jax.rl.engine_local import LocalEngine
@@ -203,14 +203,11 @@ def open_run(
     check_rows(config.update.micro_batch_rows, "config.update.micro_batch_rows", mesh)
     if engine is None:
         check_rows(config.rollout.engine_rows, "config.rollout.engine_rows", mesh)
-        check_rows(config.rollout.engine_rows // config.rollout.responses, "config.rollout.engine_rows / responses", mesh)
+        prompts = config.rollout.engine_rows // config.rollout.responses
+        check_rows(prompts, "config.rollout.engine_rows / responses", mesh)
 
     tokenizer = load_tokenizer(config.tokenizer.path)
-    if config.model.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"config.model.vocab_size: {config.model.vocab_size} is smaller than the {tokenizer.vocab_size} ids of the "
-            f"tokenizer {config.tokenizer.path or '(bytes)'}; raise it"
-        )
+    check_vocab_size(config.model.vocab_size, tokenizer, config.tokenizer.path)
     tokenize = partial(
         render, template=config.tokenizer.chat_template, system=config.tokenizer.system_prompt, tokenizer=tokenizer
     )
@@ -264,8 +261,9 @@ def open_run(
         )  # fmt: skip
         log(config.loss.describe())
         run = Run(
-            config=config, folder=folder, tasks={t.name: t for t in tasks}, source=source, heldout=unseen, tokenizer=tokenizer, grader=grader, engine=engine, update=update,
-            checkpoints=checkpoints, sinks=sinks, clock=clock, log=log, state=state, step=step, cursor=cursor, saved=first,
+            config=config, folder=folder, tasks={t.name: t for t in tasks}, source=source, heldout=unseen,
+            tokenizer=tokenizer, grader=grader, engine=engine, update=update, checkpoints=checkpoints, sinks=sinks,
+            clock=clock, log=log, state=state, step=step, cursor=cursor, saved=first,
         )  # fmt: skip
         if outcome is not None:
             run.outcome = outcome

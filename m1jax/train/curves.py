@@ -87,7 +87,7 @@ def draw_curves(
         axes = figure.add_subplot(lines, columns, place)
         for number, name in enumerate(curves):
             label, starred = _label(name, panel.patterns)
-            plain = ("0.25", "C1", "C2", "C3", "C4")[number % 5]
+            plain = ("0.25", "C9", "C6", "C8", "C7")[number % 5]  # apart from the first colors of `colors`
             color = colors.setdefault(label, f"C{len(colors) % 10}") if starred else plain
             _draw(axes, rows, name, label, color)
         _dress(axes, panel, [row[name] for name in curves for row in rows if _drawable(row.get(name))])

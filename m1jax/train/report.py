@@ -135,9 +135,9 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     z = 1.959963984540054
     p, square = successes / n, z * z / n
     center, half = p + square / 2, z * math.sqrt(p * (1 - p) / n + square / (4 * n))
-    # At p = 0 and 1 the exact bounds are 0 and 1; rounding must not step over them.
+    # At p = 0 and 1 the exact bounds are 0 and 1; rounding must neither step over them nor stop short.
     low, high = (center - half) / (1 + square), (center + half) / (1 + square)
-    return max(0.0, low), min(1.0, high)
+    return max(0.0, min(low, p)), min(1.0, max(high, p))
 
 
 def accuracy(successes: float, n: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from m1jax.config import to_dict
 from m1jax.data.chat import render
 from m1jax.data.problems import TrainProblems, parse_tasks
 from m1jax.data.settings import ProblemsConfig, TokenizerConfig
-from m1jax.data.tokenizer import load_tokenizer
+from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
 from m1jax.data.worked_solutions import worked_solution
 from m1jax.errors import UserError, require_finite
 from m1jax.model.config import ModelConfig
@@ -92,6 +92,7 @@ class WorkedSolutions:
     def __init__(self, config: SFTConfig):
         self.config, c = config, config
         self._tokenizer = load_tokenizer(c.tokenizer.path)
+        check_vocab_size(c.model.vocab_size, self._tokenizer, c.tokenizer.path)
         tasks = parse_tasks(c.tasks)
         problems = TrainProblems(tasks, c.problems.heldout_share, c.problems.per_task, c.seed, c.problems.mix)
         for task in tasks:

@@ -201,7 +201,7 @@ def test_exit_codes(capfd, body, code, line):
 def test_out_of_memory_names_the_micro_batch(capfd):
     assert cli.guard(lambda: jnp.zeros(1 << 46).block_until_ready()) == 2  # 256 TiB: the allocator's own error
     line = capfd.readouterr().err
-    assert "out of memory: lower config.update.micro_batch_rows" in line and line.count("\n") == 1
+    assert "out of memory: lower the micro_batch_rows of the stage that ran" in line and line.count("\n") == 1
 
 
 def test_a_bug_keeps_its_traceback():

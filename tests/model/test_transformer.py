@@ -38,11 +38,14 @@ def logits(params, config, tokens_BT, segment_ids_BT, cache=None):
     return transformer.head(params, hidden_MD).reshape(*tokens_BT.shape, -1), cache
 
 
+jit_logprobs = jax.jit(token_logprobs, static_argnums=1)
+
+
 def test_logits_and_logprobs_are_the_reference_models(params, numbers):
     tokens_BT = jnp.asarray(numbers["input_ids"])
     ours_BTV, _ = logits(params, CONFIG, tokens_BT, jnp.ones_like(tokens_BT))
     np.testing.assert_allclose(ours_BTV[:, numbers["positions"]], numbers["logits"], rtol=0, atol=2e-5)
-    logprobs_BT, _, _ = token_logprobs(params, CONFIG, tokens_BT, jnp.ones_like(tokens_BT))
+    logprobs_BT, _, _ = jit_logprobs(params, CONFIG, tokens_BT, jnp.ones_like(tokens_BT))
     np.testing.assert_allclose(logprobs_BT[:, 1:], numbers["logprobs"], rtol=0, atol=2e-5)
 
 
@@ -62,12 +65,11 @@ def test_prefill_states_are_the_reference_models(params, numbers):
 def test_gradient_of_every_weight_is_the_reference_models(params, numbers):
     tokens_BT = jnp.asarray(numbers["grad_input_ids"])
 
-    @jax.jit
     def loss(params):
         logprobs_BT, _, _ = token_logprobs(params, CONFIG, tokens_BT, jnp.ones_like(tokens_BT))
         return -logprobs_BT[:, 1:].mean()
 
-    value, ours = jax.value_and_grad(loss)(params)
+    value, ours = jax.jit(jax.value_and_grad(loss))(params)
     assert abs(value - numbers["loss"]) < 1e-5
     for (path, mine), reference in zip(
         jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(golden.gradients()), strict=True
@@ -87,23 +89,34 @@ def test_greedy_decoding_is_the_reference_models(params, numbers):
         out_BTV, cache = logits(params, CONFIG, jnp.full((1, 1), token), jnp.ones((1, 1), jnp.int32), cache)
 
 
-def test_decode_equals_prefill_equals_full_forward_at_every_split(params):
-    """Three rows of unequal length: every split of the prompt, then token by token, gives the full forward's logits."""
-    lengths, T = np.array([12, 7, 1]), 12
+@pytest.mark.parametrize("model", ["two_layers", "recorded"])
+def test_decode_equals_prefill_equals_full_forward_at_every_split(model, params):
+    """Three rows of unequal length, a prompt then token by token: the full forward's logits.
+
+    Every split with a model of one layer of each kind, whose chunks and blocks of 4 the splits fall across; one split
+    with the recorded model of eight layers.
+    """
+    config, T, splits = TINY, 8, (5,)
+    if model == "two_layers":
+        config = dataclasses.replace(
+            CONFIG, num_layers=2, layer_pattern=("lightning", "softmax"), lightning_chunk=4, attention_block=4, init_std=0.2
+        )
+        params, splits = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), config), range(1, T)
+    lengths = np.array([T, 5, 1])
     tokens_BT = jnp.asarray(np.random.default_rng(0).integers(1, 256, (3, T)))
     segment_ids_BT = jnp.asarray(np.arange(T) < lengths[:, None], jnp.int32)
     live = np.asarray(segment_ids_BT, bool)
-    full_BTV, _ = logits(params, TINY, tokens_BT, segment_ids_BT)
-    for split in range(1, T):
+    full_BTV, _ = logits(params, config, tokens_BT, segment_ids_BT)
+    for split in splits:
         head_BTV, cache = logits(
-            params, TINY, tokens_BT[:, :split], segment_ids_BT[:, :split], cache_lib.empty(TINY, 3, T)
+            params, config, tokens_BT[:, :split], segment_ids_BT[:, :split], cache_lib.empty(config, 3, T)
         )
-        chunk_BTV, _ = logits(params, TINY, tokens_BT[:, split:], segment_ids_BT[:, split:], cache)
+        chunk_BTV, _ = logits(params, config, tokens_BT[:, split:], segment_ids_BT[:, split:], cache)
         prefill_BTV = np.concatenate([head_BTV, chunk_BTV], axis=1)
         assert np.abs(prefill_BTV - full_BTV)[live].max() < 1e-5, split
         steps = [head_BTV]
         for t in range(split, T):
-            step_B1V, cache = logits(params, TINY, tokens_BT[:, t : t + 1], segment_ids_BT[:, t : t + 1], cache)
+            step_B1V, cache = logits(params, config, tokens_BT[:, t : t + 1], segment_ids_BT[:, t : t + 1], cache)
             steps.append(step_B1V)
         assert np.abs(np.concatenate(steps, axis=1) - full_BTV)[live].max() < 1e-5, split
         np.testing.assert_array_equal(cache.lengths, lengths)

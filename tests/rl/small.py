@@ -5,6 +5,7 @@ import numpy as np
 
 from m1jax.model import transformer
 from m1jax.model.config import ModelConfig
+from m1jax.model.logprobs import token_logprobs
 from m1jax.rl.advantage import group_advantages
 from m1jax.rl.batch import BatchShape, UpdateConfig, make_batch
 from m1jax.types import Batch, Problem, Prompt, Rollout
@@ -19,8 +20,12 @@ def config(dtype: str = "float32") -> ModelConfig:
     )  # fmt: skip
 
 
+_init = jax.jit(transformer.init, static_argnums=1)
+logprobs = jax.jit(token_logprobs, static_argnums=(1, 4))
+
+
 def params(model: ModelConfig, seed: int = 0):
-    return jax.jit(transformer.init, static_argnums=1)(jax.random.key(seed), model)
+    return _init(jax.random.key(seed), model)
 
 
 def prompts(count: int = 4) -> list[Prompt]:

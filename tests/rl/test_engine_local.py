@@ -21,6 +21,18 @@ def engine(rows=16, stop_ids=(1,), params=None, prompt_tokens=4):
     return made
 
 
+@jax.jit
+def forward(params, tokens_BT, segment_ids_BT):
+    return transformer.head(params, transformer.hidden_states(params, MODEL, tokens_BT, segment_ids_BT)[0])
+
+
+def next_logits(params, tokens):
+    """Logits after the last token, by a full forward padded to one shape."""
+    row = np.zeros((1, 12), np.int32)
+    row[0, : len(tokens)] = tokens
+    return forward(params, row, (np.arange(12)[None] < len(tokens)).astype(np.int32))[len(tokens) - 1]
+
+
 def test_responses_to_a_prompt_are_the_same_alone_and_in_any_batch():
     prompts, sampling = small.prompts(4), Sampling(max_tokens=8)
     together = engine().generate(prompts, 4, sampling, seed=9)
@@ -54,9 +66,7 @@ def test_sampled_frequencies_are_the_computed_probabilities(temperature):
     prompt = small.prompts(1)[0]
     one = engine(rows=8192, stop_ids=())
     rollouts = one.generate([prompt], 8192, Sampling(max_tokens=1, temperature=temperature), seed=4)[0]
-    tokens = jnp.asarray(prompt.token_ids)[None]
-    hidden_MD, _, _ = transformer.hidden_states(one.params, MODEL, tokens, jnp.ones_like(tokens))
-    expected = 8192 * np.asarray(jax.nn.softmax(transformer.head(one.params, hidden_MD)[-1] / temperature))
+    expected = 8192 * np.asarray(jax.nn.softmax(next_logits(one.params, prompt.token_ids) / temperature))
     counts = np.bincount([int(r.token_ids[0]) for r in rollouts], minlength=MODEL.vocab_size)
     assert expected.min() > 5  # the chi-square approximation holds
     assert ((counts - expected) ** 2 / expected).sum() < 48.27
@@ -101,9 +111,7 @@ def test_greedy_takes_the_most_probable_token():
     (greedy,) = one.generate([prompt], 1, Sampling(max_tokens=5, temperature=0.0), seed=0)[0]
     tokens = list(prompt.token_ids)
     for expected in greedy.token_ids:
-        row = jnp.asarray(tokens)[None]
-        hidden_MD, _, _ = transformer.hidden_states(one.params, MODEL, row, jnp.ones_like(row))
-        assert int(transformer.head(one.params, hidden_MD)[-1].argmax()) == expected
+        assert int(next_logits(one.params, tokens).argmax()) == expected
         tokens.append(int(expected))
 
 

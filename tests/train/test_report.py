@@ -103,6 +103,15 @@ def test_wilson_interval_covers_as_often_as_it_says():
     assert accuracy(0, 0) == {"mean": 0.0, "low": 0.0, "high": 1.0, "n": 0}
 
 
+def test_wilson_interval_holds_its_proportion_exactly_and_is_closed_at_none_and_all():
+    """A bound beyond the mean by one rounding would be an error bar of negative length."""
+    for n in range(1, 1000):
+        for k in {0, 1, n // 2, n - 1, n}:
+            low, high = wilson_interval(k, n)
+            assert 0 <= low <= k / n <= high <= 1, (k, n)
+        assert wilson_interval(0, n)[0] == 0 and wilson_interval(n, n)[1] == 1
+
+
 def test_samples_show_what_was_written_and_cannot_break_the_page(tmp_path):
     sample = Sample("gcd", "What is gcd(4, 6)?", "2", "I guess\n```\n# not a heading", 0.0, "<answer>2</answer>", 1.0)
     write_samples(tmp_path / "samples.md", [sample, dataclasses.replace(sample, answer=None)])

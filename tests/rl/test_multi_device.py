@@ -1,0 +1,84 @@
+"""On several devices the same numbers as on one: update, engine and supervised update."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.rl import small
+
+ROOT = Path(__file__).parents[2]
+
+
+def compute() -> dict[str, np.ndarray]:
+    """On all devices there are: parameters after an RL and a supervised update, and what the engine samples."""
+    import jax
+    import optax
+
+    from m1jax.rl.engine_local import LocalEngine
+    from m1jax.rl.loss import LossConfig
+    from m1jax.rl.update import make_update
+    from m1jax.sharding import data_mesh
+    from m1jax.train.next_token import TokenBatch, make_supervised_update
+    from m1jax.train.state import init_state
+    from m1jax.types import Sampling
+
+    model, mesh, sgd = small.config(), data_mesh(), optax.sgd(0.1)  # SGD: a difference of parameters is a gradient
+    params, prompts = small.params(model), small.prompts(4)
+    batch = small.batch(prompts, small.rollouts(prompts), updates=2, micro_rows=4)
+    found = {"devices": np.array(jax.device_count())}
+
+    update = make_update(model, LossConfig(), sgd, mesh, temperature=1.0, passes=1)
+    state, metrics = update(init_state(0, model, sgd, mesh, params), batch)
+    found |= _named("update", state.params) | _named("metrics", metrics)
+
+    # Without the balancing loss, which depends on how the rows are cut.
+    rows = TokenBatch(batch.tokens[0], batch.segment_ids[0], batch.weights[0])
+    supervised = make_supervised_update(model, sgd, mesh, balance_coefficient=0.0)
+    state, metrics = supervised(init_state(0, model, sgd, mesh, params), rows)
+    found |= _named("supervised", state.params) | {"supervised_loss": metrics["loss"]}
+
+    engine = LocalEngine(model, prompt_tokens=4, rows=16, stop_ids=(1,), mesh=mesh)
+    engine.set_weights(params, 0)
+    groups = engine.generate(prompts, 4, Sampling(max_tokens=8), seed=3)
+    for p, group in enumerate(groups):
+        for r, rollout in enumerate(group):
+            found |= {f"ids/{p}/{r}": rollout.token_ids, f"logprobs/{p}/{r}": rollout.rollout_logprobs}
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def _named(head: str, tree) -> dict:
+    import jax
+
+    return {
+        head + jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@pytest.fixture(scope="module")
+def single():
+    found = compute()
+    assert found["devices"] == 1
+    return found
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_several_devices_compute_what_one_does(devices, single, tmp_path):
+    program = f"import numpy; from tests.rl import test_multi_device as t; numpy.savez({str(tmp_path / 'x')!r}, **t.compute())"
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=300)
+    several = dict(np.load(tmp_path / "x.npz"))
+    assert several.pop("devices") == devices and set(several) == set(single) - {"devices"}
+    for name, value in several.items():
+        if name.startswith("ids/"):
+            assert value.tolist() == single[name].tolist(), name
+        elif name.startswith(("update", "supervised")):
+            assert np.linalg.norm(value - single[name]) <= 1e-5 * np.linalg.norm(single[name]), name
+        else:
+            np.testing.assert_allclose(value, single[name], rtol=1e-4, atol=1e-6, err_msg=name)

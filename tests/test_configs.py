@@ -1,0 +1,59 @@
+"""Every config file of configs/: it loads, shrinks, builds and, shrunk, runs."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from experiments import cli
+from m1jax.config import build
+from m1jax.errors import UserError
+from m1jax.rl import loop
+from m1jax.rl.settings import RLConfig
+from m1jax.train import sft
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = {"__init__.py", "models.py"}
+"""Files of configs/ that others use and nothing runs."""
+
+RUNNABLE = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.name not in BLOCKS)
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # paths inside configs are relative to the checkout
+
+
+def built(spec: str):
+    """The dataclass of a config; its sections say whose it is."""
+    values = cli.load_config(f"configs/{spec}")
+    return build(RLConfig if "rollout" in values else sft.SFTConfig, values)
+
+
+def test_the_other_files_are_blocks():
+    for name in BLOCKS:
+        functions = [n.name for n in ast.walk(ast.parse((ROOT / "configs" / name).read_text())) if hasattr(n, "name")]
+        assert "get_config" not in functions
+    assert len(RUNNABLE) >= 2
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_config_builds_whole_and_shrunk(name):
+    whole, shrunk = built(name), built(f"{name}:smoke")
+    assert type(whole) is type(shrunk) and shrunk.steps <= 3 < whole.steps
+    with pytest.raises(UserError, match="unknown argument 'smok'; there is smoke"):
+        built(f"{name}:smok")
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_shrunk_config_runs(name, tmp_path):
+    config = built(f"{name}:smoke")
+    run = loop.train if isinstance(config, RLConfig) else sft.train
+    result = run(config, tmp_path, log=lambda _: None)
+    assert result.summary["steps"] == config.steps == result.metrics[-1]["step"]
+    assert result.config == dataclasses.asdict(config) | {"model": result.config["model"]}
+    if isinstance(config, RLConfig):
+        assert all(t["after"]["n"] == config.evaluation.problems for t in result.summary["heldout"].values())
