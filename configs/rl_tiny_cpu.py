@@ -6,19 +6,20 @@ python -m experiments.train_rl --config=configs/rl_tiny_cpu.py --workdir=runs/rl
 from ml_collections import ConfigDict
 
 from configs import models
-from configs.sft_tiny_cpu import TASKS
+from configs.sft_tiny_cpu import BITS, SUMS
 
 
 def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict(
         dict(
             seed=0,
-            steps=60,
-            tasks=TASKS,
+            steps=90,
+            tasks=f"{BITS}, 3 * {SUMS}",  # sums have more left to learn
             model=models.tiny(),
             tokenizer=dict(path="configs/tokenizers/reasoning_512.json"),
             problems=dict(per_task=100_000, heldout_share=0.3, max_prompt_tokens=32),
-            rollout=dict(prompts=32, responses=16, engine_rows=512),
+            # Many prompts, few responses: an update should see more than a handful of the facts that it moves.
+            rollout=dict(prompts=64, responses=8, engine_rows=512),
             sampling=dict(max_tokens=96, temperature=1.0),
             reward=dict(format_weight=0.1, workers=2),
             loss=dict(
@@ -26,10 +27,17 @@ def get_config(argument: str = "") -> ConfigDict:
                 aggregation="group_tokens",  # equation 4
                 ratio_anchor="rollout",
             ),
-            update=dict(updates_per_batch=4, passes=1, micro_batch_rows=16, row_tokens=128),
-            optimizer=dict(learning_rate=1e-4, warmup_updates=4, max_grad_norm=1.0),
-            evaluation=dict(every=20, problems=500, sampling=dict(max_tokens=96, temperature=1.0)),
-            checkpoint=dict(every=10, keep=2),
+            update=dict(updates_per_batch=2, passes=1, micro_batch_rows=16, row_tokens=128),
+            optimizer=dict(
+                learning_rate=3e-4,
+                warmup_updates=4,
+                schedule="linear",  # the end of the decay is where sampling noise of the gradient stops hurting
+                decay_updates=176,
+                final_fraction=0.02,
+                max_grad_norm=1.0,
+            ),
+            evaluation=dict(every=15, problems=500, sampling=dict(max_tokens=96, temperature=1.0)),
+            checkpoint=dict(every=15, keep=2),
         )
     )
     if argument == "smoke":

@@ -9,28 +9,32 @@ from ml_collections import ConfigDict
 
 from configs import models
 
-TASKS = "count_bits(min_n=1, max_n=2047), chain_sum(min_terms=2, max_terms=4, min_digits=1, max_digits=1)"
+BITS = "count_bits(min_n=1, max_n=2047)"
+SUMS = (
+    "basic_arithmetic(min_terms=3, max_terms=4, min_digits=1, max_digits=1, operators=('+',), "
+    "allow_parentheses=False, allow_negation=False)"
+)
 
 
 def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict(
         dict(
             seed=0,
-            steps=700,
-            tasks=TASKS,
-            reflection=0.05,  # a slip and its correction in one of twenty steps
+            steps=600,
+            tasks=f"{BITS}, 2 * {SUMS}",  # solutions of sums are short, and their arithmetic comes late
+            reflection=0.15,  # a slip and its correction in one of seven steps
             model=models.tiny(),
             tokenizer=dict(path="configs/tokenizers/reasoning_512.json"),
-            # chain_sum three times as often: its solutions are short and its arithmetic comes late.
-            problems=dict(per_task=100_000, mix=(1, 3), heldout_share=0.3, max_prompt_tokens=32),
+            problems=dict(per_task=100_000, heldout_share=0.3, max_prompt_tokens=32),
             # Small batches: at this size the number of updates decides, not the number of tokens.
             rows=dict(per_update=12, tokens=128, micro_batch_rows=12),
             balance_coefficient=1e-3,
             optimizer=dict(
-                learning_rate=3e-3,
+                learning_rate=5e-3,
                 warmup_updates=20,
                 schedule="cosine",
-                decay_updates=680,
+                decay_updates=580,
+                final_fraction=0.02,
                 max_grad_norm=1.0,
             ),
             checkpoint=dict(every=200, keep=2),

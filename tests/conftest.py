@@ -1,4 +1,4 @@
-"""What every test shares: the CPU unless told otherwise, and programs that compile quickly and are kept between runs."""
+"""What every test shares: the CPU unless told otherwise, programs that compile quickly and are kept between runs."""
 
 import os
 from importlib.metadata import version

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 from pathlib import Path
 
 import pytest
 
 from experiments import cli
-from m1jax.config import build
+from m1jax.config import build, to_dict
 from m1jax.errors import UserError
 from m1jax.rl import loop
 from m1jax.rl.settings import RLConfig
@@ -54,6 +53,6 @@ def test_shrunk_config_runs(name, tmp_path):
     run = loop.train if isinstance(config, RLConfig) else sft.train
     result = run(config, tmp_path, log=lambda _: None)
     assert result.summary["steps"] == config.steps == result.metrics[-1]["step"]
-    assert result.config == dataclasses.asdict(config) | {"model": result.config["model"]}
+    assert result.config == to_dict(config)
     if isinstance(config, RLConfig):
         assert all(t["after"]["n"] == config.evaluation.problems for t in result.summary["heldout"].values())

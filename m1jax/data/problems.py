@@ -4,6 +4,7 @@
     rows.jsonl                                                {"prompt": ..., "answer": ...} rows, by math-verify
     rows.jsonl@my_module:score                                the same rows, scored by score(answer, row) -> float
     my_module:make_task                                       whatever object that function returns (a types.Task)
+    count_bits, 3 * chain_sum                                 three problems of the second for one of the first
 
 Whether a problem is held out depends on nothing but the hash of its question, so held-out questions are disjoint
 from everything that SFT and RL see, in every run, whatever the seeds. Nothing here knows tokens or models.
@@ -75,19 +76,33 @@ class JsonlTask:
 
 
 def parse_tasks(spec: str) -> list[Task]:
-    """Return the tasks of a comma-separated spec, in its order (the four forms: see above).
+    """Return the tasks of a comma-separated spec, in its order (the forms: see above).
 
     Raises:
         UserError: no tasks, an unknown data set or parameter, a missing file or function, a malformed row, two tasks
             of one name.
     """
-    tasks = [_parse_task(item) for item in _split_spec(spec)]
+    tasks = [_parse_task(item) for _, item in _shares(spec)]
     if not tasks:
         raise UserError('tasks: no tasks; name at least one, as in --config.tasks="count_bits(max_n=2047)"')
     for name, uses in Counter(task.name for task in tasks).items():
         if uses > 1:
             raise UserError(f'tasks: {uses} tasks are called {name}; give one another name: {name}(name="other", ...)')
     return tasks
+
+
+def parse_mix(spec: str) -> tuple[int, ...]:
+    """Return how often each task of a spec comes in a round: the 3 of `3 * chain_sum`, else 1."""
+    return tuple(share for share, _ in _shares(spec))
+
+
+def _shares(spec: str) -> list[tuple[int, str]]:
+    """Return (share, task) of every item."""
+    matches = [re.fullmatch(r"(?:(\d+)\s*\*\s*)?(.+)", item, re.DOTALL) for item in _split_spec(spec)]
+    shares = [(int(match[1] or 1), match[2]) for match in matches if match]
+    if any(share == 0 for share, _ in shares):
+        raise UserError(f"tasks: a task with share 0 in {spec!r}; leave it out, or give it at least 1")
+    return shares
 
 
 def _split_spec(spec: str) -> list[str]:
@@ -275,11 +290,9 @@ class TrainProblems:
         """Make the source; `seed` chooses which problems of a large task, and the order of a small one.
 
         Raises:
-            UserError: a small task has no training rows, or `mix` is not one number for each task.
+            UserError: a small task has no training rows.
         """
         mix = tuple(mix) or (1,) * len(tasks)
-        if len(mix) != len(tasks):
-            raise UserError(f"problems.mix: {len(mix)} shares for {len(tasks)} tasks; give one whole number a task")
         # Of every task, which of its places in a round each item of the round takes.
         self._round = [(which, place) for which, count in enumerate(mix) for place in range(count)]
         self._mix, self._rounds = mix, problems_per_task // max(mix)

@@ -26,21 +26,17 @@ class ProblemsConfig:
 
     Attributes:
         per_task: training problems that each task offers before the order repeats.
-        mix: how often each task comes in a round, whole numbers in the order of `tasks`; () takes them evenly.
         heldout_share: share of the question space, by hash of the text, that no run ever trains on.
         max_prompt_tokens: window of a prompt, template included.
     """
 
     per_task: int = 10_000
-    mix: tuple[int, ...] = ()
     heldout_share: float = 0.2
     max_prompt_tokens: int = 64
 
     def __post_init__(self):
         if not 0 <= self.heldout_share < 1:
             raise ValueError(f"heldout_share: {self.heldout_share} must be at least 0 and below 1")
-        if any(share < 1 for share in self.mix):
-            raise ValueError(f"mix: {self.mix} must be whole numbers of at least 1")
         for name in ("per_task", "max_prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")

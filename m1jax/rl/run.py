@@ -18,7 +18,7 @@ import numpy as np
 
 from m1jax.config import to_dict
 from m1jax.data.chat import render
-from m1jax.data.problems import TrainProblems, heldout, majority_share, parse_tasks
+from m1jax.data.problems import TrainProblems, heldout, majority_share, parse_mix, parse_tasks
 from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
 from m1jax.errors import NonFinite
 from m1jax.rewards.grader import Grader
@@ -213,7 +213,7 @@ def open_run(
     )
     tasks = parse_tasks(config.tasks)
     problems = TrainProblems(
-        tasks, config.problems.heldout_share, config.problems.per_task, config.seed, config.problems.mix
+        tasks, config.problems.heldout_share, config.problems.per_task, config.seed, parse_mix(config.tasks)
     )
     window = config.problems.max_prompt_tokens
     source = PromptSource(problems, tokenize, window, config.seed)

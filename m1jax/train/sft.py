@@ -18,7 +18,7 @@ import numpy as np
 
 from m1jax.config import to_dict
 from m1jax.data.chat import render
-from m1jax.data.problems import TrainProblems, parse_tasks
+from m1jax.data.problems import TrainProblems, parse_mix, parse_tasks
 from m1jax.data.settings import ProblemsConfig, TokenizerConfig
 from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
 from m1jax.data.worked_solutions import worked_solution
@@ -94,7 +94,7 @@ class WorkedSolutions:
         self._tokenizer = load_tokenizer(c.tokenizer.path)
         check_vocab_size(c.model.vocab_size, self._tokenizer, c.tokenizer.path)
         tasks = parse_tasks(c.tasks)
-        problems = TrainProblems(tasks, c.problems.heldout_share, c.problems.per_task, c.seed, c.problems.mix)
+        problems = TrainProblems(tasks, c.problems.heldout_share, c.problems.per_task, c.seed, parse_mix(c.tasks))
         for task in tasks:
             worked_solution(task[0], Random(0), 0.0)  # a task without solutions is refused before anything runs
         self._order = grain.MapDataset.source(problems).seed(c.seed).shuffle().repeat()

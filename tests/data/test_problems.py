@@ -10,7 +10,7 @@ import sys
 import grain
 import pytest
 
-from m1jax.data.problems import TrainProblems, heldout, majority_share, parse_tasks, split_of, split_problems
+from m1jax.data.problems import TrainProblems, heldout, majority_share, parse_mix, parse_tasks, split_of, split_problems
 from m1jax.errors import UserError
 from m1jax.types import Problem, Task
 
@@ -189,11 +189,12 @@ def test_majority_share():
 
 def test_mix_says_how_often_each_task_comes():
     """(1, 3): one of the first, three of the second; every item another question, as many rounds as fit."""
-    tasks = parse_tasks("count_bits(min_n=1, max_n=1000000), chain_sum")
-    source = TrainProblems(tasks, share=0.2, problems_per_task=9, seed=0, mix=(1, 3))
+    spec = "count_bits(min_n=1, max_n=1000000), 3 * chain_sum"
+    assert parse_mix(spec) == (1, 3)
+    source = TrainProblems(parse_tasks(spec), share=0.2, problems_per_task=9, seed=0, mix=parse_mix(spec))
     assert len(source) == 12
     names = [source[i].task for i in range(12)]
     assert names == ["count_bits", "chain_sum", "chain_sum", "chain_sum"] * 3
     assert len({source[i].question for i in range(12)}) == 12
-    with pytest.raises(UserError, match="problems.mix: 1 shares for 2 tasks"):
-        TrainProblems(tasks, 0.2, 9, 0, mix=(1,))
+    with pytest.raises(UserError, match="tasks: a task with share 0"):
+        parse_tasks("count_bits, 0 * chain_sum")

@@ -99,7 +99,12 @@ def test_decode_equals_prefill_equals_full_forward_at_every_split(model, params)
     config, T, splits = TINY, 8, (5,)
     if model == "two_layers":
         config = dataclasses.replace(
-            CONFIG, num_layers=2, layer_pattern=("lightning", "softmax"), lightning_chunk=4, attention_block=4, init_std=0.2
+            CONFIG,
+            num_layers=2,
+            layer_pattern=("lightning", "softmax"),
+            lightning_chunk=4,
+            attention_block=4,
+            init_std=0.2,
         )
         params, splits = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), config), range(1, T)
     lengths = np.array([T, 5, 1])
@@ -171,7 +176,7 @@ def test_full_size_model_has_the_published_number_of_parameters():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_layers": 12}, "num_layers: 12 is not a multiple of the 8 layers"),
+        ({"num_layers": 12}, "num_layers: 12 is not a multiple of layer_pattern's 8 layers"),
         ({"num_kv_heads": 3}, "num_kv_heads: 3 does not divide num_heads 4"),
         ({"rotary_dim": 18}, "rotary_dim: 18 must be even and at most head_dim 16"),
         ({"experts_per_token": 5}, "experts_per_token: 5 exceeds num_experts 4"),

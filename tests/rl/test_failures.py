@@ -124,14 +124,20 @@ def test_a_training_prompt_longer_than_the_window_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": q, "answer": 1}) + "\n" for q in questions))
     config = runs.rl_config(tmp_path, tasks=f"{path}@tests.runs:parity", problems__max_prompt_tokens=10)
-    with pytest.raises(UserError, match=r"^prompt 0 of task rows has 11 tokens, the window 10: '000.*max_prompt_tokens"):
+    with pytest.raises(
+        UserError, match=r"^prompt 0 of task rows has 11 tokens, the window 10: '000.*max_prompt_tokens"
+    ):
         train(config, tmp_path / "run", engine=runs.ScriptedEngine(), **QUIET)
 
 
 @pytest.mark.parametrize(
     ("module", "file", "line"),
     [
-        ("train_rl", "rl_file", "config.update.micro_batch_rows: 8 rows cannot be dealt out to 3 devices; choose 6 or 9"),
+        (
+            "train_rl",
+            "rl_file",
+            "config.update.micro_batch_rows: 8 rows cannot be dealt out to 3 devices; choose 6 or 9",
+        ),
         ("train_sft", "sft_file", "config.rows.micro_batch_rows: 2 rows cannot be dealt out to 3 devices; choose 3"),
     ],
 )
@@ -206,7 +212,11 @@ def test_a_full_disk_ends_the_run_with_one_line_and_keeps_the_last_good_checkpoi
 @pytest.mark.parametrize(
     ("changes", "logprob", "message"),
     [
-        ({"optimizer__learning_rate": 1e30, "update__updates_per_batch": 1}, -0.7, "step 1, stage update: train/param_norm is not finite"),
+        (
+            {"optimizer__learning_rate": 1e30, "update__updates_per_batch": 1},
+            -0.7,
+            "step 1, stage update: train/param_norm is not finite",
+        ),
         ({}, float("nan"), "step 1, stage rollout: a log-probability is not finite"),
     ],
 )
@@ -244,7 +254,9 @@ def test_a_supervised_run_stops_before_it_saves_what_is_not_finite(tmp_path):
         ("train_sft", "m1jax.train.sft.train", "sft_file", "lower config.rows.micro_batch_rows"),
     ],
 )
-def test_out_of_memory_names_the_micro_batch_of_its_entry_point(request, capfd, monkeypatch, module, target, file, setting):
+def test_out_of_memory_names_the_micro_batch_of_its_entry_point(
+    request, capfd, monkeypatch, module, target, file, setting
+):
     def exhausted(*_, **__):
         raise JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes.\nmore lines")
 

@@ -70,10 +70,11 @@ def single():
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_several_devices_compute_what_one_does(devices, single, tmp_path):
-    program = f"import numpy; from tests.rl import test_multi_device as t; numpy.savez({str(tmp_path / 'x')!r}, **t.compute())"
+    file = tmp_path / "found.npz"
+    program = f"import numpy; from tests.rl import test_multi_device as t; numpy.savez({str(file)!r}, **t.compute())"
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=300)
-    several = dict(np.load(tmp_path / "x.npz"))
+    several = dict(np.load(file))
     assert several.pop("devices") == devices and set(several) == set(single) - {"devices"}
     for name, value in several.items():
         if name.startswith("ids/"):

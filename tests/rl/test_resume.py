@@ -109,7 +109,9 @@ def test_supervised_run_resumes_bit_for_bit(tmp_path, monkeypatch):
 
     write = sft.JsonlSink.write
     monkeypatch.setattr(
-        sft.JsonlSink, "write", lambda s, step, m: (write(s, step, m), step == 3 and signal.raise_signal(signal.SIGTERM))
+        sft.JsonlSink,
+        "write",
+        lambda s, step, m: (write(s, step, m), step == 3 and signal.raise_signal(signal.SIGTERM)),
     )
     with pytest.raises(Interrupted) as caught:
         sft.train(runs.sft_config(), tmp_path / "halves", log=lambda _: None)
