@@ -13,8 +13,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config = ConfigDict(
         dict(
             seed=0,
-            steps=90,
-            tasks=f"{BITS}, 3 * {SUMS}",  # sums have more left to learn
+            steps=100,
+            tasks=f"{BITS}, 5 * {SUMS}",  # sums have more left to learn
             model=models.tiny(),
             tokenizer=dict(path="configs/tokenizers/reasoning_512.json"),
             problems=dict(per_task=100_000, heldout_share=0.3, max_prompt_tokens=32),
@@ -32,12 +32,12 @@ def get_config(argument: str = "") -> ConfigDict:
                 learning_rate=3e-4,
                 warmup_updates=4,
                 schedule="linear",  # the end of the decay is where sampling noise of the gradient stops hurting
-                decay_updates=176,
+                decay_updates=196,
                 final_fraction=0.02,
                 max_grad_norm=1.0,
             ),
-            evaluation=dict(every=15, problems=500, sampling=dict(max_tokens=96, temperature=1.0)),
-            checkpoint=dict(every=15, keep=2),
+            evaluation=dict(every=20, problems=600, sampling=dict(max_tokens=96, temperature=1.0)),
+            checkpoint=dict(every=20, keep=2),
         )
     )
     if argument == "smoke":
