@@ -36,10 +36,11 @@ def main() -> None:
 
 
 def study(workdir: Path, seeds: int, smoke: bool) -> None:
-    results = []
-    for seed in range(seeds):
-        folder = workdir / f"seed{seed}"
+    folders = {seed: workdir / f"seed{seed}" for seed in range(seeds)}
+    for seed, folder in folders.items():
         demo(folder, seed, smoke)
+    results = []
+    for seed, folder in folders.items():
         rl, cold = report.load_run(folder).summary, report.load_run(folder / "sft").summary
         seconds = sum(rl["seconds"].get(stage, 0.0) for stage in TRAINING_STAGES)
         per_update = (cold["seconds"]["update"] + cold["seconds"]["batch"]) / cold["steps"]
