@@ -107,6 +107,18 @@ class Sampling:
     repetition_run: int = 0
     repetition_probability: float = 0.99
 
+    def __post_init__(self):
+        for name, sound, rule in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("repetition_run", self.repetition_run >= 0, "at least 0"),
+            ("repetition_probability", 0 < self.repetition_probability < 1, "between 0 and 1"),
+        ):
+            if not sound:
+                raise ValueError(f"{name}: {getattr(self, name)} must be {rule}")
+
 
 @runtime_checkable
 class Engine(Protocol):
@@ -170,8 +182,8 @@ class Batch:
     """One generation batch, cut into updates and micro-batches; every leading axis is [updates, micro, rows].
 
     Attributes:
-        tokens: int32 [U, M, B, T], prompt and response, right-padded.
-        segment_ids: int32 [U, M, B, T], 1 on live tokens, 0 on padding.
+        tokens: int32 [U, M, B, T], packed rows of prompts and responses.
+        segment_ids: int32 [U, M, B, T], 1, 2, ... by rollout, 0 on padding.
         weights: float32 [U, M, B, T], what the loss multiplies each token by: masks, groups and aggregation in
             one number; 0 where a token is not ours to learn from.
         advantages: float32 [U, M, B, T].

@@ -6,6 +6,9 @@ from pathlib import Path
 
 # The variables, not jax.config: worker processes and entry points that a test starts inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One device here and in every process that a test starts, though an entry point that is imported may wish for more:
+# sums over two devices round otherwise than over one.
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")
 CACHE = os.environ.setdefault("M1JAX_CACHE", str(Path(__file__).parents[1] / ".cache" / "jax"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", CACHE)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")

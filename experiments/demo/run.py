@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, to see that it runs")
     arguments = parser.parse_args()
     command = f"python -m experiments.demo.run --workdir={arguments.workdir} --seed={arguments.seed}"
+    command += " --smoke" * arguments.smoke
     raise SystemExit(cli.guard(lambda: demo(Path(arguments.workdir), arguments.seed, arguments.smoke), command))
 
 

@@ -1,8 +1,9 @@
-"""The demo over several seeds, each with a control: the same cold start, SFT continued for the CPU time that RL took.
+"""The demo over several seeds, each with a control: the same cold start, SFT continued for as long as RL took.
 
     python -m experiments.demo.study --workdir=runs/demo_study [--seeds=3] [--smoke]
 
-Resumable like every run. Writes WORKDIR/results.json and prints the table of experiments/demo/README.md.
+Both use the same cores, so equal time is equal CPU time as long as nothing else runs on them. Resumable like every run.
+Writes WORKDIR/results.json and prints the table of experiments/demo/README.md.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     command = f"python -m experiments.demo.study --workdir={arguments.workdir} --seeds={arguments.seeds}"
+    command += " --smoke" * arguments.smoke
     raise SystemExit(cli.guard(lambda: study(Path(arguments.workdir), arguments.seeds, arguments.smoke), command))
 
 
@@ -61,7 +63,7 @@ def study(workdir: Path, seeds: int, smoke: bool) -> None:
 
 
 def continued_sft(folder: Path, seed: int, smoke: bool, steps: int) -> dict[str, Any]:
-    """Held-out accuracy of the cold start trained on for `steps` updates, on problems it has not seen yet."""
+    """Held-out accuracy of the cold start trained on for `steps` updates, on other draws of its problems."""
     config = configured(SFT_CONFIG, seed, smoke)
     peak = config["optimizer"]["learning_rate"]
     # A second cosine from a third of the peak: from the peak itself the first updates undo the cold start.

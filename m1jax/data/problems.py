@@ -6,8 +6,8 @@
     my_module:make_task                                       whatever object that function returns (a types.Task)
     count_bits, 3 * chain_sum                                 three problems of the second for one of the first
 
-Whether a problem is held out depends on nothing but the hash of its question, so held-out questions are disjoint
-from everything that SFT and RL see, in every run, whatever the seeds. Nothing here knows tokens or models.
+Whether a problem is held out depends on the hash of its question and the held-out share alone, so held-out questions
+are disjoint from everything that SFT and RL see at that share, whatever the seeds. Nothing here knows tokens or models.
 """
 
 from __future__ import annotations

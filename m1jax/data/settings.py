@@ -13,11 +13,13 @@ class TokenizerConfig:
         path: a Hugging Face `tokenizers` JSON file; "" is the built-in byte tokenizer.
         chat_template: a Jinja chat template file; "" is the built-in plain form.
         system_prompt: system message, for a chat template only.
+        stop_tokens: tokens that end a response, by their text; () takes the tokenizer's own end token.
     """
 
     path: str = ""
     chat_template: str = ""
     system_prompt: str = ""
+    stop_tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

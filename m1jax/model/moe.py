@@ -30,7 +30,7 @@ class MixtureOfExperts(nn.Module):
         w_up_EDF = weight(self, "up", (E, D, F), ("expert", "embed", "mlp"), c)
         w_down_EFD = weight(self, "down", (E, F, D), ("expert", "mlp", "embed"), c)
 
-        router_logits_ME = at_least_float32(x_MD) @ w_router_DE
+        router_logits_ME = jnp.dot(at_least_float32(x_MD), w_router_DE, precision=jax.lax.Precision.HIGHEST)
         expert_ids_MA, combine_weights_MA = route(router_logits_ME, c.experts_per_token)
         y_MD = expert_mlp(x_MD, expert_ids_MA, combine_weights_MA.astype(x_MD.dtype), w_gate_EDF, w_up_EDF, w_down_EFD)
         chosen_ME = (expert_ids_MA[:, :, None] == jnp.arange(E)).any(axis=1) & live_M[:, None]

@@ -1,6 +1,6 @@
 """Rewards of responses: what the verifier says of the answer, plus a little for the form.
 
-    reward = correctness + format_weight * format        correctness and format are 0 or 1
+    reward = credit + format_weight * format        credit is the verifier's, in [0, 1]; format is 0 or 1
 
 Knows tasks and text only: neither tokens nor groups nor advantages.
 """
@@ -59,7 +59,8 @@ def score_responses(
         texts: [B], responses as text, the end token left out.
         format_weight: what the exact form is worth beside a correct answer.
 
-    A response without an answer is wrong, and no verifier is asked. A verifier's partial credit counts as wrong.
+    A response without an answer is wrong, and no verifier is asked. A verifier's partial credit is a reward, but only
+    full credit is correct. (Our own verifiers give 0 or 1.)
     """
     answers = [extract_answer(text) for text in texts]
     asked = {index: answer for index, answer in enumerate(answers) if answer is not None}
@@ -67,9 +68,10 @@ def score_responses(
         [Job(tasks[problems[i].task].verifier, answer, problems[i].row) for i, answer in asked.items()]
     )
 
-    correct = np.zeros(len(texts), np.float32)
-    correct[list(asked)] = [verdict.score >= 1.0 for verdict in verdicts]
+    credit = np.zeros(len(texts), np.float32)
+    credit[list(asked)] = [verdict.score for verdict in verdicts]
     format = np.array([format_reward(text) for text in texts], np.float32)
     outcomes = Counter(verdict.outcome for verdict in verdicts)
     outcomes["no_answer"] = len(texts) - len(asked)
-    return Scores(correct + np.float32(format_weight) * format, correct, format, dict(outcomes))
+    correct = (credit >= 1.0).astype(np.float32)
+    return Scores(credit + np.float32(format_weight) * format, correct, format, dict(outcomes))

@@ -64,11 +64,13 @@ class BatchShape:
         """Shape for P prompts, R responses each and at most `window` tokens of prompt and response together."""
         tokens = config.row_tokens or window
         if tokens < window:
-            raise ValueError(f"row_tokens: {tokens} is shorter than the longest prompt and response, {window} tokens")
+            raise ValueError(
+                f"update.row_tokens: {tokens} is shorter than the longest prompt and response, {window} tokens"
+            )
         if prompts % config.updates_per_batch:
             raise ValueError(
-                f"updates_per_batch: {config.updates_per_batch} does not divide the {prompts} prompts of a generation "
-                f"batch; updates are made of whole groups"
+                f"update.updates_per_batch: {config.updates_per_batch} does not divide the {prompts} prompts of a "
+                f"generation batch; updates are made of whole groups"
             )
         rollouts = prompts // config.updates_per_batch * responses
         rows = -(-rollouts // (tokens // window))

@@ -1,4 +1,4 @@
-"""The numbers of one generation batch that need no model: rewards, endings, lengths, groups. Pure, NumPy."""
+"""The metrics of one generation batch under the names that people read. Pure functions, NumPy on the host."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def rollout_metrics(
     correct_PR: np.ndarray,
     live_P: np.ndarray,
 ) -> dict[str, float]:
-    """Reward, accuracy by task, length by ending, shares of endings and of groups without variance."""
+    """Reward, accuracy by task, entropy, length by ending, shares of endings and of groups without variance."""
     flat = [r for group in rollouts for r in group]
     lengths = np.array([len(r.token_ids) for r in flat])
+    surprisals = -np.concatenate([r.rollout_logprobs for r in flat])
     metrics = {
         "reward/mean": float(rewards_PR.mean()),
         "reward/accuracy": float(correct_PR.mean()),
@@ -27,6 +28,8 @@ def rollout_metrics(
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_p99": float(np.percentile(lengths, 99)),
         "rollout/tokens": int(lengths.sum()),
+        # -log p of what was sampled: unbiased for the entropy, over all responses, groups that leave the batch too.
+        "rollout/entropy": float(surprisals.mean()),
     }
     for task in dict.fromkeys(p.problem.task for p in prompts):
         mine = np.array([p.problem.task == task for p in prompts])
@@ -59,7 +62,7 @@ def update_metrics(device: Mapping[str, np.ndarray]) -> dict[str, float]:
         "train/grad_norm_largest": largest("grad_norm"),
         "train/update_norm": mean("update_norm"),
         "train/param_norm": values["param_norm"][-1],
-        "rollout/entropy": first("entropy"),
+        "train/entropy": first("entropy"),
         "mismatch/probability_correlation": first("probability_correlation"),
         "mismatch/largest_logprob_gap": first("largest_logprob_gap"),
         "ratio/abs_log_first_update": first("abs_log_ratio"),

@@ -6,7 +6,7 @@ down and closed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from m1jax.config import to_dict
 from m1jax.data.chat import render
 from m1jax.data.problems import TrainProblems, heldout, majority_share, parse_mix, parse_tasks
 from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
-from m1jax.errors import NonFinite
+from m1jax.errors import NonFinite, UserError
 from m1jax.rewards.grader import Grader
 from m1jax.rewards.score import score_responses
 from m1jax.rl.engine_local import LocalEngine
@@ -194,6 +194,16 @@ class Run:
         return samples
 
 
+def check_heldout(config: RLConfig, meta: Mapping[str, Any]) -> None:
+    """Raise UserError where the run would be evaluated on questions that the checkpoint was trained on."""
+    share, before = config.problems.heldout_share, meta["config"]["problems"]["heldout_share"]
+    if share > before:
+        raise UserError(
+            f"config.problems.heldout_share: {share:g} holds out questions that {config.init_from} was trained on "
+            f"(it held out {before:g}); choose at most {before:g}"
+        )
+
+
 @contextmanager
 def open_run(
     config: RLConfig, workdir: str | Path, params: Params | None, engine: Engine | None, log: Callable[[str], None]
@@ -206,7 +216,7 @@ def open_run(
         prompts = config.rollout.engine_rows // config.rollout.responses
         check_rows(prompts, "config.rollout.engine_rows / responses", mesh)
 
-    tokenizer = load_tokenizer(config.tokenizer.path)
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.stop_tokens)
     check_vocab_size(config.model.vocab_size, tokenizer, config.tokenizer.path)
     tokenize = partial(
         render, template=config.tokenizer.chat_template, system=config.tokenizer.system_prompt, tokenizer=tokenizer
@@ -223,7 +233,8 @@ def open_run(
     )  # fmt: skip
 
     if params is None and config.init_from and not steps(folder / "checkpoints"):
-        params, _ = restore_params(config.init_from)
+        params, meta = restore_params(config.init_from)
+        check_heldout(config, meta)
     optimizer = make_optimizer(config.optimizer)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
@@ -247,6 +258,7 @@ def open_run(
         )
         stack.callback(sinks.close)
         grader = stack.enter_context(Grader(config.reward.workers, config.reward.cpu_seconds))
+        grader.warm_up([task.verifier for task in tasks])
         engine = engine or LocalEngine(
             config.model,
             prompt_tokens=config.problems.max_prompt_tokens,

@@ -50,6 +50,12 @@ class RewardConfig:
     workers: int = 2
     cpu_seconds: float = 5.0
 
+    def __post_init__(self):
+        if self.workers < 1:
+            raise ValueError(f"workers: {self.workers} must be at least 1")
+        if self.cpu_seconds <= 0:
+            raise ValueError(f"cpu_seconds: {self.cpu_seconds} must be above 0")
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -64,6 +70,11 @@ class EvaluationConfig:
     every: int
     problems: int
     sampling: Sampling
+
+    def __post_init__(self):
+        for name in ("every", "problems"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,8 @@ class RLConfig:
     init_from: str = ""
 
     def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps: {self.steps} must be at least 0 (0 evaluates only)")
         if self.sampling.top_p < 1 or self.sampling.top_k > 0:
             raise ValueError(
                 f"sampling: top_p {self.sampling.top_p:g} and top_k {self.sampling.top_k} truncate the softmax on the "

@@ -42,6 +42,10 @@ class OptimizerConfig:
             raise ValueError(f"schedule: {self.schedule!r} must be one of {SCHEDULES}")
         if self.schedule != "constant" and self.decay_updates < 1:
             raise ValueError(f"decay_updates: {self.decay_updates} must be at least 1 for schedule {self.schedule!r}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate: {self.learning_rate} must be above 0")
+        if self.warmup_updates < 0:
+            raise ValueError(f"warmup_updates: {self.warmup_updates} must be at least 0")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: {self.max_grad_norm} must be above 0")
 

@@ -88,8 +88,8 @@ def claim_run_folder(workdir: str | os.PathLike[str], config: Any) -> bool:
     folder, config = Path(workdir), to_dict(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{folder}: cannot be a run folder, a file is in the way") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be a run folder ({error.strerror}); give another --workdir") from error
     if not (folder / CONFIG).exists():
         write_json(folder / CONFIG, config)
         return False

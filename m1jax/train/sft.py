@@ -51,6 +51,9 @@ class RowsConfig:
     micro_batch_rows: int
 
     def __post_init__(self):
+        for name in ("per_update", "tokens", "micro_batch_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
         if self.per_update % self.micro_batch_rows:
             raise ValueError(f"micro_batch_rows: {self.micro_batch_rows} does not divide per_update {self.per_update}")
 
@@ -82,6 +85,8 @@ class SFTConfig:
     init_from: str = ""
 
     def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps: {self.steps} must be at least 1")
         if not 0 <= self.reflection < 1:
             raise ValueError(f"reflection: {self.reflection} must be at least 0 and below 1")
 
@@ -91,7 +96,7 @@ class WorkedSolutions:
 
     def __init__(self, config: SFTConfig):
         self.config, c = config, config
-        self._tokenizer = load_tokenizer(c.tokenizer.path)
+        self._tokenizer = load_tokenizer(c.tokenizer.path, c.tokenizer.stop_tokens)
         check_vocab_size(c.model.vocab_size, self._tokenizer, c.tokenizer.path)
         tasks = parse_tasks(c.tasks)
         problems = TrainProblems(tasks, c.problems.heldout_share, c.problems.per_task, c.seed, parse_mix(c.tasks))
@@ -106,6 +111,11 @@ class WorkedSolutions:
         prompt = render(
             problem.question, template=c.tokenizer.chat_template, system=c.tokenizer.system_prompt, tokenizer=tokenizer
         )
+        if len(prompt) > c.problems.max_prompt_tokens:
+            raise UserError(
+                f"prompt {index} of task {problem.task} has {len(prompt)} tokens, the window "
+                f"{c.problems.max_prompt_tokens}; raise config.problems.max_prompt_tokens"
+            )
         text = worked_solution(problem, Random(f"{c.seed}/{index}"), c.reflection)
         return prompt, (*tokenizer.encode(text), tokenizer.stop_ids[0])
 

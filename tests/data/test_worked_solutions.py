@@ -15,6 +15,8 @@ SPECS = [
     "count_bits(max_n=2047)",
     "chain_sum(max_terms=4, max_digits=1)",
     "chain_sum(allow_negation=True)",
+    "basic_arithmetic(max_terms=4, max_digits=1, operators=('+',), allow_parentheses=False, allow_negation=False)",
+    "basic_arithmetic(max_terms=3, operators=('+', '-'), allow_parentheses=False, allow_negation=False)",
     "gcd(max_numbers=4)",
     "base_conversion(min_value=1, max_base=36)",
 ]

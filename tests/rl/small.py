@@ -38,7 +38,10 @@ def rollouts(prompts_: list[Prompt], responses: int = 4, seed: int = 1) -> list[
     rng = np.random.default_rng(seed)
     return [
         [
-            Rollout(p.index, r, rng.integers(1, 23, n).astype(np.int32), -rng.exponential(2, n).astype(np.float32), "stop", 0)
+            Rollout(
+                p.index, r, rng.integers(1, 23, n).astype(np.int32), -rng.exponential(2, n).astype(np.float32),
+                "stop", 0,
+            )
             for r, n in enumerate(rng.integers(1, 9, responses))
         ]
         for p in prompts_
