@@ -64,7 +64,8 @@ def sft_values(**changes: Any) -> dict[str, Any]:
     """Plain values of an SFT config: worked solutions of small numbers in bytes."""
     return _changed(dict(
         seed=0, steps=6, tasks="count_bits(min_n=1, max_n=63)", model=dict(MODEL, vocab_size=263),
-        tokenizer=dict(path=""), problems=dict(per_task=100, heldout_share=0.3), reflection=0.2,
+        tokenizer=dict(path=""), problems=dict(per_task=100, heldout_share=0.3, max_prompt_tokens=128),
+        reflection=0.2,
         rows=dict(per_update=4, tokens=160, micro_batch_rows=2), optimizer=dict(learning_rate=1e-2, warmup_updates=2),
         checkpoint=dict(every=3, keep=2),
     ), changes)  # fmt: skip

@@ -196,7 +196,9 @@ class Run:
 
 def check_heldout(config: RLConfig, meta: Mapping[str, Any]) -> None:
     """Raise UserError where the run would be evaluated on questions that the checkpoint was trained on."""
-    share, before = config.problems.heldout_share, meta["config"]["problems"]["heldout_share"]
+    share = config.problems.heldout_share
+    # A checkpoint of another making has no config, or one without problems: nothing is known of its questions.
+    before = meta.get("config", {}).get("problems", {}).get("heldout_share", share)
     if share > before:
         raise UserError(
             f"config.problems.heldout_share: {share:g} holds out questions that {config.init_from} was trained on "

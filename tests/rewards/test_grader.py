@@ -166,7 +166,7 @@ def test_rewards_by_hand(grader, tmp_path):
     cases = [  # task, text, reward, correct, format
         ("own", "<think>a</think><answer>1</answer>", 1.25, 1, 1),
         ("own", "so <answer>1</answer>", 1.0, 1, 0),
-        ("own", "<think>a</think><answer>0.99</answer>", 0.25, 0, 1),  # no partial credit
+        ("own", "<think>a</think><answer>0.5</answer>", 0.75, 0, 1),  # partial credit pays, but is not correct
         ("own", "<think>a <answer>1</answer>", 0.0, 0, 0),  # no answer
         ("broken", "<think>a</think><answer>1</answer>", 0.25, 0, 1),
     ]
