@@ -47,7 +47,7 @@ def test_a_folder_is_claimed_then_resumed_then_refused(tmp_path):
 def test_a_file_in_the_way_is_the_users_to_mend(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(UserError, match="a file is in the way"):
+        with pytest.raises(UserError, match="cannot be a run folder .*; give another --workdir"):
             claim_run_folder(path, Config())
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json: not JSON"):
