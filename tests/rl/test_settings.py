@@ -1,0 +1,61 @@
+"""Values that make no sense are refused where a run is described, with the dotted key and the rule."""
+
+import pytest
+
+from experiments import cli
+from m1jax.config import build
+from m1jax.errors import UserError
+from m1jax.rl.run import check_heldout
+from m1jax.rl.settings import RLConfig
+from m1jax.train.sft import SFTConfig
+
+RL, SFT = (RLConfig, "configs/rl_tiny_cpu.py"), (SFTConfig, "configs/sft_tiny_cpu.py")
+
+
+def built(kind, **changes):
+    """The shipped config with `section__key=value` laid over it."""
+    record, path = kind
+    values = cli.load_config(path)
+    for name, value in changes.items():
+        *parents, key = name.split("__")
+        section = values
+        for parent in parents:
+            section = section[parent]
+        section[key] = value
+    return build(record, values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        (RL, {"steps": -1}, "config.steps: -1 must be at least 0"),
+        (RL, {"evaluation__every": 0}, "config.evaluation.every: 0 must be at least 1"),
+        (RL, {"evaluation__problems": 0}, "config.evaluation.problems: 0 must be at least 1"),
+        (RL, {"evaluation__sampling__top_p": 0.0}, "config.evaluation.sampling.top_p: 0.0 must be above 0"),
+        (RL, {"evaluation__sampling__temperature": -1.0}, "config.evaluation.sampling.temperature: -1.0 must be"),
+        (RL, {"sampling__max_tokens": 0}, "config.sampling.max_tokens: 0 must be at least 1"),
+        (RL, {"sampling__repetition_probability": 1.0}, "config.sampling.repetition_probability: 1.0 must be between"),
+        (RL, {"reward__workers": 0}, "config.reward.workers: 0 must be at least 1"),
+        (RL, {"reward__cpu_seconds": 0.0}, "config.reward.cpu_seconds: 0.0 must be above 0"),
+        (RL, {"optimizer__learning_rate": -1.0}, "config.optimizer.learning_rate: -1.0 must be above 0"),
+        (RL, {"optimizer__warmup_updates": -5}, "config.optimizer.warmup_updates: -5 must be at least 0"),
+        (RL, {"update__row_tokens": 9}, "config.update.row_tokens: 9 is shorter than"),
+        (RL, {"update__updates_per_batch": 3}, "config.update.updates_per_batch: 3 does not divide the 64 prompts"),
+        (SFT, {"rows__micro_batch_rows": 0}, "config.rows.micro_batch_rows: 0 must be at least 1"),
+        (SFT, {"rows__per_update": 0}, "config.rows.per_update: 0 must be at least 1"),
+        (SFT, {"steps": 0}, "config.steps: 0 must be at least 1"),
+    ],
+)
+def test_value_without_a_meaning_is_refused(kind, change, message):
+    with pytest.raises(UserError) as refusal:
+        built(kind, **change)
+    assert str(refusal.value).startswith(message)
+
+
+def test_questions_that_the_checkpoint_was_trained_on_cannot_be_held_out():
+    config = built(RL, problems__heldout_share=0.5, init_from="runs/sft")
+    trained = {"config": {"problems": {"heldout_share": 0.3}}}
+    with pytest.raises(UserError, match="config.problems.heldout_share: 0.5 .* runs/sft .*choose at most 0.3"):
+        check_heldout(config, trained)
+    check_heldout(built(RL, problems__heldout_share=0.3), trained)
+    check_heldout(built(RL, problems__heldout_share=0.2), trained)
