@@ -50,16 +50,15 @@ class Arguments:
     init_from: Path | None
 
 
-def run(main: Callable[[Arguments], None], default_config: str | None = None, memory: str = MICRO_BATCH) -> NoReturn:
+def run(main: Callable[[Arguments], None], memory: str = MICRO_BATCH) -> NoReturn:
     """Parse the command line, call `main`, leave the process with the right exit code.
 
     Args:
         main: the entry point's own work.
-        default_config: what --config is where the command line leaves it out; None demands it.
         memory: what to lower where memory runs out.
     """
     argv = sys.argv[1:]
-    sys.exit(guard(lambda: main(parse(argv, default_config)), _command(argv), memory))
+    sys.exit(guard(lambda: main(parse(argv)), _command(argv), memory))
 
 
 def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH) -> int:
@@ -98,17 +97,16 @@ def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH)
         return _say(f"error: no space left on the disk{where}; the last good checkpoint stays", 2)
 
 
-def parse(argv: Sequence[str], default_config: str | None = None) -> Arguments:
-    """The arguments of a command line; `default_config` stands in for a --config that is not there.
+def parse(argv: Sequence[str]) -> Arguments:
+    """The arguments of a command line.
 
     Raises:
         UserError: an unknown flag, a missing or broken config file, an override that is no `--config.key=value`.
     """
     overrides = [word for word in argv if word.startswith(("--config.", "-config."))]
     parser = _Parser(allow_abbrev=False, description="See configs/README.md for the configs and what they need.")
-    needed = default_config is None
     about = "config file; :smoke shrinks it"
-    parser.add_argument("--config", required=needed, default=default_config, metavar="FILE.py[:ARGUMENT]", help=about)
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]", help=about)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="run folder; an existing one is resumed")
     parser.add_argument("--init_from", metavar="PATH", help="run folder or checkpoint to take parameters from")
     parser.epilog = "Any value of the config: --config.section.key=VALUE"

@@ -160,9 +160,7 @@ def test_a_misspelt_key_inside_the_file_is_found(config_file):
         build(Config, parse(config_file).config)
 
 
-def test_a_default_config_needs_no_flag(config_file):
-    arguments = cli.parse(["--workdir=x", "--config.steps=2"], default_config=str(config_file))
-    assert build(Config, arguments.config).steps == 2
+def test_a_run_needs_a_config():
     with pytest.raises(UserError, match="required: --config"):
         cli.parse(["--workdir=x"])
 
