@@ -1,4 +1,4 @@
-"""A softmax-attention layer's mixing block: grouped queries, partial rotary embedding, blocked causal attention."""
+"""A softmax-attention layer's mixing block: grouped queries, (partial) rotary embedding, blocked causal attention."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from m1jax.model.config import ModelConfig
-from m1jax.model.layers import rotate, weight
+from m1jax.model.layers import bias, rotate, weight
 from m1jax.pallas_kernels.softmax_attention import softmax_attention
 
 
@@ -32,9 +32,15 @@ class SoftmaxAttention(nn.Module):
         w_v = weight(self, "value", (D, K, H), ("embed", "kv_heads", "head_dim"), c)
         w_out = weight(self, "out", (N, H, D), ("heads", "head_dim", "embed"), c)
 
-        q_BTNH = rotate((u_MD @ w_q.reshape(D, -1)).reshape(B, T, N, H), positions_BT, c.rotary_dim, c.rope_theta)
-        k_BTKH = rotate((u_MD @ w_k.reshape(D, -1)).reshape(B, T, K, H), positions_BT, c.rotary_dim, c.rope_theta)
+        q_BTNH = (u_MD @ w_q.reshape(D, -1)).reshape(B, T, N, H)
+        k_BTKH = (u_MD @ w_k.reshape(D, -1)).reshape(B, T, K, H)
         v_BTKH = (u_MD @ w_v.reshape(D, -1)).reshape(B, T, K, H)
+        if c.qkv_bias:
+            q_BTNH += bias(self, "query_bias", (N, H), ("heads", "head_dim"), c)
+            k_BTKH += bias(self, "key_bias", (K, H), ("kv_heads", "head_dim"), c)
+            v_BTKH += bias(self, "value_bias", (K, H), ("kv_heads", "head_dim"), c)
+        q_BTNH = rotate(q_BTNH, positions_BT, c.rotary_dim, c.rope_theta)
+        k_BTKH = rotate(k_BTKH, positions_BT, c.rotary_dim, c.rope_theta)
         if cache is None or slots is None:
             k_BSKH, v_BSKH, k_positions_BS, k_segments_BS = k_BTKH, v_BTKH, positions_BT, segment_ids_BT
         else:

@@ -1,6 +1,7 @@
 """The shape of a decoder, as data: one frozen record that every part of the model reads its own fields from.
 
-It knows no arrays. The numbers of MiniMax-M1 stand beside each field; a config file chooses others.
+It knows no arrays. The numbers of MiniMax-M1 stand beside each field; a config file chooses others. Qwen2 and Llama
+are the same decoder with softmax layers only, `num_experts` 0 and `postnorm` False (configs/models.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ REMAT = ("none", "layer")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A hybrid lightning/softmax mixture-of-experts decoder (MiniMax-M1's released config.json in brackets).
+    """A decoder of lightning and softmax layers (MiniMax-M1's released config.json in brackets).
 
     Attributes:
         vocab_size: rows of the embedding and columns of the LM head [200,064].
@@ -24,10 +25,16 @@ class ModelConfig:
         num_kv_heads: key/value heads K of softmax layers; divides num_heads [8].
         head_dim: head width H; N * H need not equal D [128].
         rotary_dim: leading channels of each head that rotate in softmax layers; even [64].
-        num_experts, experts_per_token, expert_dim: E, A and F of the mixture of experts [32, 2, 9216].
-        lightning_alpha, softmax_alpha, mlp_alpha: weight of the (normalised) residual branch
-            [(2 * 80) ** (1/4) = 3.5566, DeepNorm].
+        num_experts, experts_per_token, expert_dim: E, A and F of the mixture of experts [32, 2, 9216]. E = A = 0 is
+            a dense MLP of width F.
+        lightning_alpha, softmax_alpha, mlp_alpha: weight of the residual branch
+            [(2 * 80) ** (1/4) = 3.5566, DeepNorm; 1 in Qwen2 and Llama].
         lightning_beta, softmax_beta, mlp_beta: weight of the attention and expert branches [1].
+        postnorm: the residual branch carries the normalised tensor; False carries the raw one (pre-norm) [True].
+        qkv_bias: softmax layers add a bias to queries, keys and values [False; True in Qwen2].
+        tied_embeddings: the LM head is the embedding [False].
+        max_positions: longest sequence the model was made for; longer windows are refused; 0 sets no bound
+            [10,240,000].
         layer_pattern: kinds of one period, repeated to num_layers [7 lightning, then 1 softmax].
         rope_theta: base of the rotary frequencies [1e7].
         norm_eps: eps of the layer norms and of the final norm [1e-5].
@@ -40,6 +47,7 @@ class ModelConfig:
         remat: "none", or "layer" to keep only each layer's input for the backward pass.
         lightning_chunk: chunk length of the lightning recurrence in training and prefill.
         attention_block: block length of softmax attention.
+        head_rows: tokens whose logits exist at the same time in training; 0 chooses as many as make 64 MiB.
     """
 
     vocab_size: int
@@ -58,6 +66,10 @@ class ModelConfig:
     lightning_beta: float = 1.0
     softmax_beta: float = 1.0
     mlp_beta: float = 1.0
+    postnorm: bool = True
+    qkv_bias: bool = False
+    tied_embeddings: bool = False
+    max_positions: int = 0
     layer_pattern: tuple[str, ...] = ("lightning",) * 7 + ("softmax",)
     rope_theta: float = 1e7
     norm_eps: float = 1e-5
@@ -68,13 +80,17 @@ class ModelConfig:
     remat: str = "none"
     lightning_chunk: int = 128
     attention_block: int = 128
+    head_rows: int = 0
 
     def __post_init__(self):
         positive = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim",
-                    "num_experts", "experts_per_token", "expert_dim", "lightning_chunk", "attention_block")  # fmt: skip
+                    "expert_dim", "lightning_chunk", "attention_block")  # fmt: skip
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
+        for name in ("num_experts", "experts_per_token", "max_positions", "head_rows"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be at least 0")
         if unknown := set(self.layer_pattern) - set(LAYER_KINDS):
             raise ValueError(f"layer_pattern: {sorted(unknown)} unknown; choose from {LAYER_KINDS}")
         if not self.layer_pattern or self.num_layers % len(self.layer_pattern):
@@ -87,6 +103,10 @@ class ModelConfig:
             raise ValueError(f"rotary_dim: {self.rotary_dim} must be even and at most head_dim {self.head_dim}")
         if self.experts_per_token > self.num_experts:
             raise ValueError(f"experts_per_token: {self.experts_per_token} exceeds num_experts {self.num_experts}")
+        if self.num_experts and not self.experts_per_token:
+            raise ValueError(
+                f"experts_per_token: 0 of {self.num_experts} experts would do nothing; num_experts=0 is dense"
+            )
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16", "float64"):
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be float32, bfloat16 or float64")
@@ -96,6 +116,11 @@ class ModelConfig:
     @property
     def num_periods(self) -> int:
         return self.num_layers // len(self.layer_pattern)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kind of every layer."""
+        return self.layer_pattern * self.num_periods
 
     @property
     def runs(self) -> tuple[tuple[str, int], ...]:

@@ -39,6 +39,22 @@ def weight(
     return parameter(module, name, shape, axes, config.param_dtype, init).astype(config.dtype)
 
 
+def bias(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig
+) -> jax.Array:
+    """A bias of `module`, zero at initialisation, in the compute dtype."""
+    return parameter(module, name, shape, axes, config.param_dtype, nn.initializers.zeros).astype(config.dtype)
+
+
+TRACE = "trace"
+"""The Flax collection of what modules record: computed where somebody asks for it, else not at all."""
+
+
+def record(module: nn.Module, name: str, value: jax.Array) -> None:
+    """Show `value` to `transformer.trace`."""
+    module.sow(TRACE, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+
 class RMSNorm(nn.Module):
     """w * cast(v / sqrt(mean(v^2) + eps)) over the last axis; the cast to v's dtype comes before the product with w."""
 

@@ -1,4 +1,4 @@
-"""The mixture of experts of every layer: float32 router, top-A renormalised, SwiGLU experts, nothing dropped."""
+"""The MLP of a layer: a mixture of experts (float32 router, top-A renormalised, nothing dropped), or one dense SwiGLU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from m1jax.model.config import ModelConfig
-from m1jax.model.layers import at_least_float32, parameter, weight
+from m1jax.model.layers import at_least_float32, parameter, record, weight
 from m1jax.pallas_kernels.moe.api import expert_mlp
 from m1jax.pallas_kernels.moe.router import balance_loss, route
 
@@ -31,8 +31,26 @@ class MixtureOfExperts(nn.Module):
         w_down_EFD = weight(self, "down", (E, F, D), ("expert", "mlp", "embed"), c)
 
         router_logits_ME = jnp.dot(at_least_float32(x_MD), w_router_DE, precision=jax.lax.Precision.HIGHEST)
+        record(self, "router_probabilities_ME", jax.nn.softmax(router_logits_ME))
         expert_ids_MA, combine_weights_MA = route(router_logits_ME, c.experts_per_token)
         y_MD = expert_mlp(x_MD, expert_ids_MA, combine_weights_MA.astype(x_MD.dtype), w_gate_EDF, w_up_EDF, w_down_EFD)
         chosen_ME = (expert_ids_MA[:, :, None] == jnp.arange(E)).any(axis=1) & live_M[:, None]
         load_E = chosen_ME.sum(axis=0) / jnp.maximum(live_M.sum() * c.experts_per_token, 1)
         return y_MD, {"balance_loss": balance_loss(router_logits_ME, expert_ids_MA, live_M), "expert_load": load_E}
+
+
+class DenseMLP(nn.Module):
+    """(silu(x W_gate) * (x W_up)) W_down: what a mixture of one expert would be, without a router."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_MD: jax.Array, live_M: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """As `MixtureOfExperts`; nothing is routed, so nothing is out of balance."""
+        c = self.config
+        D, F = c.hidden_size, c.expert_dim
+        w_gate_DF = weight(self, "gate", (D, F), ("embed", "mlp"), c)
+        w_up_DF = weight(self, "up", (D, F), ("embed", "mlp"), c)
+        w_down_FD = weight(self, "down", (F, D), ("mlp", "embed"), c)
+        y_MD = (jax.nn.silu(x_MD @ w_gate_DF) * (x_MD @ w_up_DF)) @ w_down_FD
+        return y_MD, {"balance_loss": jnp.zeros(()), "expert_load": jnp.ones((1,))}

@@ -11,7 +11,9 @@ One layer, post-norm with DeepNorm weights (the residual carries the *normalised
 the stack and the embedding is normalised before layer 0):
 
     u  = RMSNorm(h);   a  = alpha * u + beta * Attention(u)
-    v  = RMSNorm(a);   h' = alpha * v + beta * Experts(v)
+    v  = RMSNorm(a);   h' = alpha * v + beta * MLP(v)
+
+With `postnorm` False the residual is h and a: the pre-norm layer of Qwen2 and Llama.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from m1jax.model import cache as cache_lib
 from m1jax.model.attention import SoftmaxAttention
 from m1jax.model.cache import Cache
 from m1jax.model.config import ModelConfig
-from m1jax.model.layers import RMSNorm, at_least_float32, parameter
+from m1jax.model.layers import TRACE, RMSNorm, at_least_float32, parameter, record
 from m1jax.model.lightning import LightningAttention
-from m1jax.model.moe import MixtureOfExperts
+from m1jax.model.moe import DenseMLP, MixtureOfExperts
 from m1jax.pallas_kernels.lightning_attention.slopes import slopes
 from m1jax.types import Array, Params
 
@@ -51,10 +53,13 @@ class Layer(nn.Module):
         else:
             alpha, beta = c.softmax_alpha, c.softmax_beta
             y_MD, cache = SoftmaxAttention(c, name="attention")(u_MD, cache, positions_BT, segment_ids_BT, slots)
-        a_MD = alpha * u_MD + beta * y_MD
-        v_MD = RMSNorm(c, c.norm_eps, name="norm_experts")(a_MD)
-        y_MD, router = MixtureOfExperts(c, name="experts")(v_MD, segment_ids_BT.reshape(-1) > 0)
-        return c.mlp_alpha * v_MD + c.mlp_beta * y_MD, (cache, router)
+        a_MD = alpha * (u_MD if c.postnorm else h_MD) + beta * y_MD
+        v_MD = RMSNorm(c, c.norm_eps, name="norm_mlp")(a_MD)
+        mlp = MixtureOfExperts if c.num_experts else DenseMLP
+        y_MD, router = mlp(c, name="mlp")(v_MD, segment_ids_BT.reshape(-1) > 0)
+        h_MD = c.mlp_alpha * (v_MD if c.postnorm else a_MD) + c.mlp_beta * y_MD
+        record(self, "output_MD", h_MD)
+        return h_MD, (cache, router)
 
 
 class Period(nn.Module):
@@ -85,7 +90,8 @@ class Decoder(nn.Module):
         c = self.config
         D, V, init = c.hidden_size, c.vocab_size, nn.initializers.normal(c.init_std)
         table_VD = parameter(self, "embedding", (V, D), ("vocab", "embed"), c.param_dtype, init)
-        parameter(self, "head", (D, V), ("embed", "vocab"), c.param_dtype, init)
+        if not c.tied_embeddings:
+            parameter(self, "head", (D, V), ("embed", "vocab"), c.param_dtype, init)
 
         h_MD = table_VD[tokens_BT.reshape(-1)].astype(c.dtype)
         periods = _scanned(Period, c.num_periods, "periods")(c, name="periods")
@@ -97,7 +103,7 @@ def _scanned(module: Any, length: int, axis_name: str) -> Any:
     return nn.scan(
         module,
         length=length,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, TRACE: 0},
         split_rngs={"params": True},
         in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # one per argument is fine
         metadata_params={nn.PARTITION_NAME: axis_name},
@@ -163,6 +169,12 @@ def hidden_states(params, config, tokens_BT, segment_ids_BT, cache=None):
         hidden_MD [B * T, D] in the compute dtype, the grown cache (None without one), and router statistics averaged
         over layers: {"balance_loss": [], "expert_load": [E]}.
     """
+    hidden_MD, cache, routers = _run(params, config, tokens_BT, segment_ids_BT, cache, traced=False)
+    return hidden_MD, cache, jax.tree.map(lambda x: x.mean(axis=0), routers)
+
+
+def _run(params, config: ModelConfig, tokens_BT, segment_ids_BT, cache, *, traced: bool):
+    """(hidden_MD, cache, per layer the router statistics or, traced, what the modules record), in order of layers."""
     if cache is None:
         positions_BT = positions_in_segments(segment_ids_BT)
         context, by_run = (positions_BT, segment_ids_BT, None), (None,) * len(config.runs)
@@ -171,13 +183,35 @@ def hidden_states(params, config, tokens_BT, segment_ids_BT, cache=None):
         cache, positions_BT = cache_lib.claim_slots(cache, segment_ids_BT)
         slots = (first_slot, cache.slot_positions, cache.slot_segments)
         context, by_run = (positions_BT, segment_ids_BT, slots), cache.layers
-    outputs: Any = Decoder(config).apply({"params": params}, tokens_BT, context, by_run)
-    hidden_MD, layers, routers = outputs
+    result: Any = Decoder(config).apply(
+        {"params": params}, tokens_BT, context, by_run, mutable=[TRACE] if traced else False
+    )
+    (hidden_MD, layers, routers), recorded = result if traced else (result, None)
     if cache is not None:
         cache = Cache(layers, cache.slot_positions, cache.slot_segments, cache.next_slot, cache.lengths)
-    per_layer = [jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), router) for router in routers]
-    router = jax.tree.map(lambda *runs: jnp.concatenate(runs).mean(axis=0), *per_layer)
-    return hidden_MD, cache, router
+    if recorded is not None:
+        routers = [
+            {"_L".join(name.rsplit("_", 1)): x for name, x in {**run, **run.get("mlp", {})}.items() if name != "mlp"}
+            for run in (recorded[TRACE]["periods"][f"{i}_{kind}"] for i, (kind, _) in enumerate(config.runs))
+        ]
+    return hidden_MD, cache, _in_order(routers)
+
+
+def _in_order(runs: Any) -> Any:
+    """Trees of [periods, run, ...] as one of [L, ...], layers in their order."""
+    join = lambda *parts: jnp.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])  # noqa: E731
+    return jax.tree.map(join, *runs)
+
+
+def trace(
+    params: Params, config: ModelConfig, tokens_BT: Array, segment_ids_BT: Array, cache: Cache | None = None
+) -> tuple[jax.Array, Cache | None, dict[str, jax.Array]]:
+    """`hidden_states` with what happens inside: (hidden_MD, cache, layers), every array with the layers first.
+
+    `layers` holds output_LMD, the raw output of each layer, and of a mixture of experts router_probabilities_LME
+    (at least float32).
+    """
+    return _run(params, config, tokens_BT, segment_ids_BT, cache, traced=True)
 
 
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
@@ -194,5 +228,10 @@ def head(params: Params, hidden_MD: jax.Array) -> jax.Array:
 
     MiniMax-M1 (section 3.2) traced the gap between trainer and engine probabilities to a bfloat16 head.
     """
-    w_DV = at_least_float32(params["head"])
+    w_DV = at_least_float32(head_weight(params))
     return jnp.dot(at_least_float32(hidden_MD), w_DV, precision=jax.lax.Precision.HIGHEST)
+
+
+def head_weight(params: Params) -> jax.Array:
+    """The LM head [D, V] as it is stored: its own, or the embedding where the two are tied."""
+    return params["head"] if "head" in params else params["embedding"].T

@@ -78,8 +78,8 @@ def to_tree(tensors: dict[str, np.ndarray]) -> dict:
         return {
             "norm_attention": {"scale": get("input_layernorm")},
             "attention": attention,
-            "norm_experts": {"scale": get("post_attention_layernorm")},
-            "experts": {
+            "norm_mlp": {"scale": get("post_attention_layernorm")},
+            "mlp": {
                 "router": get("block_sparse_moe.gate").T,
                 "gate": experts("w1"),
                 "up": experts("w3"),
