@@ -9,6 +9,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from m1jax.model.config import ModelConfig
 
@@ -79,7 +80,8 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int, theta: f
     """
     half = rotary_dim // 2
     dtype = jnp.promote_types(x_BTNH.dtype, jnp.float32)
-    frequency_h = theta ** (-jnp.arange(half, dtype=dtype) / half)
+    # In float64 on the host: a float32 power is off by 1e-6, which position 1000 turns into an angle off by 1e-3.
+    frequency_h = jnp.asarray(theta ** (-np.arange(half) / half), dtype)
     angle_BT1h = positions_BT[:, :, None, None].astype(dtype) * frequency_h
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
     first, second = x_BTNH[..., :half].astype(dtype), x_BTNH[..., half:rotary_dim].astype(dtype)

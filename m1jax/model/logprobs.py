@@ -1,13 +1,25 @@
-"""Log-probabilities of the tokens that a batch holds: the one place where predictions shift by one."""
+"""Log-probabilities of the tokens that a batch holds: the one place where predictions shift by one.
+
+The logits of all tokens would be the largest array of a training step. They exist for a block of rows at a time only,
+R = `ModelConfig.head_rows` of M = B * T: the forward pass keeps one logsumexp per row, the backward pass computes each
+block's logits again and adds up the gradient of the head's weight over the blocks.
+"""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from m1jax.model.config import ModelConfig
-from m1jax.model.transformer import head, hidden_states
+from m1jax.model.layers import at_least_float32
+from m1jax.model.transformer import hidden_states
 from m1jax.types import Array, Params
+
+AUTOMATIC_LOGITS = 2**24
+"""Logits that exist at the same time where `ModelConfig.head_rows` is 0: 64 MiB of float32."""
 
 
 def token_logprobs(
@@ -30,13 +42,106 @@ def token_logprobs(
     hidden_MD, _, router = hidden_states(params, config, tokens_BT, segment_ids_BT)
     # The last position predicts nothing inside the row; the roll brings its output to entry 0, which is masked.
     previous_MD = jnp.roll(hidden_MD.reshape(B, T, -1), 1, axis=1).reshape(B * T, -1)
-    logits_MV = head(params, previous_MD) / temperature
-    logsumexp_M = jax.nn.logsumexp(logits_MV, axis=-1)
-    chosen_M = jnp.take_along_axis(logits_MV, tokens_BT.reshape(-1, 1), axis=-1)[:, 0]
-    return (chosen_M - logsumexp_M).reshape(B, T), entropy(logits_MV, logsumexp_M).reshape(B, T), router
+    # A tied head stays the embedding [V, D]: transposed it would be a copy of the largest weight.
+    tied = "head" not in params
+    weight = params["embedding"] if tied else params["head"]
+    logprobs_M, entropy_M = _logprobs_and_entropy(
+        previous_MD, weight, jnp.asarray(tokens_BT).reshape(-1), 1 if tied else 0, temperature,
+        block_rows(config, B * T),
+    )  # fmt: skip
+    return logprobs_M.reshape(B, T), entropy_M.reshape(B, T), router
 
 
-def entropy(logits_MV: jax.Array, logsumexp_M: jax.Array) -> jax.Array:
-    """Entropy [M] in nats of softmax(logits), as logsumexp - E[logits]; it takes no gradient."""
-    logits_MV, logsumexp_M = jax.lax.stop_gradient((logits_MV, logsumexp_M))
-    return logsumexp_M - jnp.sum(jnp.exp(logits_MV - logsumexp_M[:, None]) * logits_MV, axis=-1)
+def block_rows(config: ModelConfig, M: int) -> int:
+    """Rows R of one block: `config.head_rows` or the automatic power of two, less where M rows then split evenly."""
+    most = config.head_rows or 1 << max((AUTOMATIC_LOGITS // config.vocab_size).bit_length() - 1, 0)
+    blocks = max(-(-M // most), 1)
+    return -(-M // blocks)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _logprobs_and_entropy(hidden_MD, weight, tokens_M, d_axis: int, temperature: float, R: int):
+    """logprobs_M and entropy_M (no gradient), at least float32.
+
+    Args:
+        hidden_MD: what predicts each token.
+        weight: the head, [D, V] (d_axis 0) or [V, D] (d_axis 1).
+        tokens_M: int32, the tokens predicted.
+        d_axis: axis of `weight` that is D.
+        temperature: divides the logits.
+        R: rows of a block.
+    """
+    return _forward(hidden_MD, weight, tokens_M, d_axis, temperature, R)[0]
+
+
+def _forward(hidden_MD, weight, tokens_M, d_axis, temperature, R):
+    stored, weight = weight, at_least_float32(weight)
+
+    def block(rows):
+        hidden_RD, tokens_R = rows
+        logits_RV = _logits(hidden_RD, weight, d_axis, temperature)
+        logsumexp_R = jax.nn.logsumexp(logits_RV, axis=-1)
+        chosen_R = jnp.take_along_axis(logits_RV, tokens_R[:, None], axis=-1)[:, 0]
+        p_RV = jnp.exp(logits_RV - logsumexp_R[:, None])  # the backward pass's p_RV, which XLA shares in one block
+        entropy_R = logsumexp_R - jnp.sum(p_RV * logits_RV, axis=-1)
+        return chosen_R - logsumexp_R, entropy_R, logsumexp_R
+
+    M = len(hidden_MD)
+    if M <= R:
+        logprobs_M, entropy_M, logsumexp_M = block((hidden_MD, tokens_M))
+    else:
+        by_block = jax.lax.map(block, (_blocks(hidden_MD, R), _blocks(tokens_M, R)))
+        logprobs_M, entropy_M, logsumexp_M = (x.reshape(-1)[:M] for x in by_block)
+    return (logprobs_M, entropy_M), (hidden_MD, stored, tokens_M, logsumexp_M)
+
+
+def _backward(d_axis, temperature, R, kept, cotangents):
+    """d logits = d logprob * (onehot - softmax) / temperature; the weight's gradient adds up in at least float32."""
+    hidden_MD, stored, tokens_M, logsumexp_M = kept
+    weight = at_least_float32(stored)
+
+    def block(rows):
+        hidden_RD, tokens_R, logsumexp_R, dlogprobs_R = rows
+        logits_RV = _logits(hidden_RD, weight, d_axis, temperature)
+        p_RV = jnp.exp(logits_RV - logsumexp_R[:, None])
+        onehot_RV = tokens_R[:, None] == jnp.arange(p_RV.shape[1])
+        dlogits_RV = jnp.where(onehot_RV, 1 - p_RV, -p_RV) * (dlogprobs_R / temperature)[:, None]
+        dhidden_RD = _product(dlogits_RV, weight, 1, 1 - d_axis).astype(hidden_RD.dtype)
+        pair = (at_least_float32(hidden_RD), dlogits_RV)
+        return _product(*(pair if d_axis == 0 else pair[::-1]), 0, 0), dhidden_RD
+
+    rows = hidden_MD, tokens_M, logsumexp_M, cotangents[0]
+    M = len(hidden_MD)
+    if M <= R:
+        dweight, dhidden_MD = block(rows)
+    else:
+
+        def add_block(dweight, rows):
+            new, dhidden_RD = block(rows)
+            return dweight + new, dhidden_RD
+
+        # Rows of padding have zero for d logprob: they add exact zeros.
+        zeros = jnp.zeros(weight.shape, logsumexp_M.dtype)
+        dweight, dhidden_bRD = jax.lax.scan(add_block, zeros, jax.tree.map(partial(_blocks, R=R), rows))
+        dhidden_MD = dhidden_bRD.reshape(-1, hidden_MD.shape[1])[:M]
+    return dhidden_MD, dweight.astype(stored.dtype), None
+
+
+_logprobs_and_entropy.defvjp(_forward, _backward)
+
+
+def _logits(hidden_RD: jax.Array, weight: jax.Array, d_axis: int, temperature: float) -> jax.Array:
+    """logits_RV / temperature, as `transformer.head` computes them."""
+    return _product(at_least_float32(hidden_RD), weight, 1, d_axis) / temperature
+
+
+def _product(x: Any, y: Any, x_axis: int, y_axis: int) -> jax.Array:
+    """Product of two matrices over the given axes, in full precision; a transpose is never stored."""
+    x, y = (a.astype(jnp.promote_types(x.dtype, y.dtype)) for a in (x, y))
+    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+
+
+def _blocks(x_M: jax.Array, R: int) -> jax.Array:
+    """[M, ...] as [blocks, R, ...], zeros behind the last row."""
+    padding = [(0, -len(x_M) % R)] + [(0, 0)] * (x_M.ndim - 1)
+    return jnp.pad(x_M, padding).reshape(-1, R, *x_M.shape[1:])

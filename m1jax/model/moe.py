@@ -1,4 +1,4 @@
-"""The MLP of a layer: a mixture of experts (float32 router, top-A renormalised, nothing dropped), or one dense SwiGLU."""
+"""The MLP of a layer: a mixture of experts (float32 router, top-A renormalised, none dropped), or one dense SwiGLU."""
 
 from __future__ import annotations
 

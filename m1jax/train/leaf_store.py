@@ -1,0 +1,119 @@
+"""The parameters of a checkpoint one slice at a time, in both directions, for models that no memory holds.
+
+Orbax lays the folder out and TensorStore reads and writes it, as for any other checkpoint: what is written here is
+restored by `m1jax.train.checkpoint`, and what a run saved there is read here.
+
+    write_leaves(folder / "state", {("embedding",): LazyLeaf((V, D), dtype, pieces)})
+    leaves = StoredLeaves(folder / "state"); leaves.read(("periods", "0_lightning", "mlp", "gate"), (0, 3, 1))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from m1jax.errors import UserError
+
+Path_ = tuple[str, ...]
+_PARAMS = "params"
+
+
+@dataclass(frozen=True)
+class LazyLeaf:
+    """A parameter that is not there yet.
+
+    Attributes:
+        shape, dtype: of the whole leaf.
+        pieces: called once; yields (leading index, values at that index), each index once.
+        leading: leading axes that the indices of the pieces cover.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: Callable[[], Iterable[tuple[tuple[int, ...], np.ndarray]]]
+    leading: int
+
+    @property
+    def size(self) -> int:
+        """Number of values (Orbax asks)."""
+        return math.prod(self.shape)
+
+
+class _LazyLeafHandler(ocp.type_handlers.NumpyHandler):
+    """Orbax's way of saving a NumPy array, except that the array is written while it comes into being."""
+
+    def __init__(self):
+        super().__init__(deepcopy_host_arrays=False)
+        self._one_at_a_time = asyncio.Lock()  # leaves are written together otherwise, a piece of each in memory
+
+    async def _open_and_write(self, value: Any, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+        leaf: LazyLeaf = value
+        tspec["metadata"]["chunks"] = [1] * leaf.leading + [max(n, 1) for n in leaf.shape[leaf.leading :]]
+        async with self._one_at_a_time:
+            store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
+            for index, piece in leaf.pieces():
+                await store[index].write(piece)
+
+
+def write_leaves(folder: Path, leaves: Mapping[Path_, LazyLeaf]) -> None:
+    """Write {"params": tree of leaves} as an Orbax folder, holding one piece at a time."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for parent in path[:-1]:
+            node = node.setdefault(parent, {})
+        node[path[-1]] = leaf
+    registry = ocp.type_handlers.create_type_handler_registry((LazyLeaf, _LazyLeafHandler()))
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=registry)) as orbax:
+        orbax.save(folder.absolute(), args=ocp.args.PyTreeSave(item={_PARAMS: tree}))
+
+
+class StoredLeaves:
+    """The parameters of a checkpoint's `state` folder, read where they lie.
+
+    Attributes:
+        shapes: {path: shape}.
+        dtypes: {path: NumPy dtype}.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder.absolute()
+        with ocp.PyTreeCheckpointer() as orbax:
+            tree = orbax.metadata(self._folder).item_metadata.tree
+        if _PARAMS not in tree:
+            raise UserError(f"{folder}: its state has no `params`; found {', '.join(sorted(tree))}")
+        self.shapes: dict[Path_, tuple[int, ...]] = {}
+        self.dtypes: dict[Path_, np.dtype] = {}
+        self._stores: dict[Path_, Any] = {}
+        self._walk(tree[_PARAMS], ())
+
+    def _walk(self, node: Any, path: Path_) -> None:
+        if isinstance(node, Mapping):
+            for key, child in node.items():
+                self._walk(child, (*path, str(key)))
+        else:
+            self.shapes[path] = tuple(node.shape)
+            self.dtypes[path] = np.dtype(getattr(ml_dtypes, str(node.dtype), str(node.dtype)))
+
+    def read(self, path: Path_, index: tuple[int, ...] = ()) -> np.ndarray:
+        """The leaf at a leading index, and nothing else of it (but its chunk, which a run writes whole)."""
+        if path not in self._stores:
+            name = ".".join((_PARAMS, *path))
+            kvstore = {"driver": "ocdbt", "base": f"file://{self._folder}", "path": f"{name}/"}
+            # One chunk of a leaf may be the whole leaf: kept until the next leaf is read, so that it is read once.
+            self._stores = {
+                path: ts.open(
+                    {"driver": "zarr", "kvstore": kvstore, "context": {"cache_pool": {"total_bytes_limit": 0}}},
+                    read=True,
+                ).result()
+            }
+        return np.asarray(self._stores[path][index].read().result())
