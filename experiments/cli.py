@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import inspect
 import os
 import shlex
 import sys
@@ -29,7 +30,9 @@ from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
+from m1jax.config import build
 from m1jax.errors import NonFinite, UserError
+from m1jax.model.config import ModelConfig
 from m1jax.train.interrupt import Interrupted
 
 MICRO_BATCH = "the micro_batch_rows of the stage that ran (config.update in RL, config.rows in SFT)"
@@ -61,17 +64,22 @@ def run(main: Callable[[Arguments], None], memory: str = MICRO_BATCH) -> NoRetur
     sys.exit(guard(lambda: main(parse(argv)), _command(argv), memory))
 
 
-def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH) -> int:
+def exit_with(main: Callable[[list[str]], None], memory: str = MICRO_BATCH, uses_jax: bool = True) -> NoReturn:
+    """As `run`, for an entry point that reads its own flags."""
+    sys.exit(guard(lambda: main(sys.argv[1:]), _command(sys.argv[1:]), memory, uses_jax))
+
+
+def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH, uses_jax: bool = True) -> int:
     """The exit code of `body`; what a user can act on becomes one line on stderr, bugs keep their traceback.
 
     Args:
         body: what to run.
         resume: the command that continues it.
         memory: what to lower where memory runs out.
+        uses_jax: False leaves JAX alone, whose import alone takes longer than some entry points do.
     """
-    use_compile_cache()
-    from jax.errors import JaxRuntimeError
-
+    if uses_jax:
+        use_compile_cache()
     try:
         body()
         return 0
@@ -83,8 +91,8 @@ def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH)
         return _say(f"error: {error}", 2)
     except NonFinite as error:
         return _say(f"error: {error}", 1)
-    except (JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # JaxRuntimeError is a RuntimeError
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         detail = str(error).strip().split("\n")[0][:160]
         return _say(f"error: out of memory: lower {memory} and run again ({detail})", 2)
@@ -104,7 +112,7 @@ def parse(argv: Sequence[str]) -> Arguments:
         UserError: an unknown flag, a missing or broken config file, an override that is no `--config.key=value`.
     """
     overrides = [word for word in argv if word.startswith(("--config.", "-config."))]
-    parser = _Parser(allow_abbrev=False, description="See configs/README.md for the configs and what they need.")
+    parser = Parser(allow_abbrev=False, description="See configs/README.md for the configs and what they need.")
     about = "config file; :smoke shrinks it"
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]", help=about)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="run folder; an existing one is resumed")
@@ -143,6 +151,20 @@ def load_config(spec: str) -> dict[str, Any]:
     return _plain(config)
 
 
+def named_model(name: str) -> ModelConfig:
+    """The model of configs/models.py that has this name.
+
+    Raises:
+        UserError: there is none; the line lists what there is.
+    """
+    from configs import models
+
+    makers = {key: value for key, value in vars(models).items() if inspect.isfunction(value)}
+    if name not in makers:
+        raise UserError(f"--model: {name!r} is not in configs/models.py; it has {', '.join(sorted(makers))}")
+    return build(ModelConfig, _plain(makers[name]()), f"configs/models.py {name}")
+
+
 def use_compile_cache() -> None:
     """Keep compiled programs between processes, in $M1JAX_CACHE or ~/.cache/m1jax: the second start is quick."""
     import jax
@@ -152,7 +174,7 @@ def use_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors: one line, without the usage text."""
 
     def error(self, message: str) -> NoReturn:

@@ -47,9 +47,9 @@ def _one_bos(ids: list[int], tokenizer: Tokenizer, template: str) -> list[int]:
     """Return `ids` with one BOS in front.
 
     None at all: the template leaves it to the tokenizer, so it is added. Several in front: template and tokenizer
-    both wrote it, so one stays. A BOS further on is a turn marker where the template opens with another special
-    token (MiniMax: <begin_of_document>, then BOS before each turn), and then nothing is changed; otherwise nobody
-    can tell what was meant, and we ask.
+    both wrote it, so one stays. A BOS further on is a turn marker where the template opens with a special token,
+    BOS itself (ChatML: one before each turn) or another (MiniMax: <begin_of_document>, then BOS before each turn),
+    and then nothing is changed; otherwise nobody can tell what was meant, and we ask.
     """
     bos = tokenizer.bos_id
     if bos is None:
@@ -59,7 +59,7 @@ def _one_bos(ids: list[int], tokenizer: Tokenizer, template: str) -> list[int]:
         start += 1
     if bos not in ids[start:]:
         return [bos, *ids[start:]]
-    if start == 0 and ids[:1] and tokenizer.decode(ids[:1], specials=False) == "":
+    if start == 1 or (start == 0 and ids[:1] and tokenizer.decode(ids[:1], specials=False) == ""):
         return ids
     raise UserError(
         f"template {template or repr('')}: BOS {tokenizer.bos_token!r} occurs after the start of the prompt; "

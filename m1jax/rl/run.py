@@ -30,10 +30,11 @@ from m1jax.rl.settings import RLConfig
 from m1jax.rl.update import make_update
 from m1jax.sharding import check_rows, data_mesh
 from m1jax.train import report
-from m1jax.train.checkpoint import Checkpoints, restore_params, steps
+from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
 from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
 from m1jax.train.optimizer import make_optimizer
+from m1jax.train.pretrained import init_params
 from m1jax.train.state import TrainState, init_state
 from m1jax.types import Engine, Params, Prompt, Rollout, Task
 
@@ -235,7 +236,7 @@ def open_run(
     )  # fmt: skip
 
     if params is None and config.init_from and not steps(folder / "checkpoints"):
-        params, meta = restore_params(config.init_from)
+        params, meta = init_params(config.init_from, config.model, log)
         check_heldout(config, meta)
     optimizer = make_optimizer(config.optimizer)
     state = init_state(config.seed, config.model, optimizer, mesh, params)

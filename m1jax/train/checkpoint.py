@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 from m1jax.errors import UserError
 from m1jax.types import Params
 
-_STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
+STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
 _SAVING, _REPLACED, _DAMAGED = ".saving-", ".replaced-", ".damaged"
 
 # Orbax logs an error of its background threads with a traceback, then raises it to us: once is enough.
@@ -67,14 +67,14 @@ class Checkpoints:
             UserError: the disk is full, for this save or the one before; earlier checkpoints are untouched.
         """
         self.wait()
-        text = json.dumps(meta)  # in the caller's thread: what is not JSON fails here, with the caller's traceback
+        meta = json.loads(json.dumps(meta))  # here, so that what is not JSON fails with the caller's traceback
         staging = self._dir / f"{_SAVING}{step:08d}"
         shutil.rmtree(staging, ignore_errors=True)
         try:
-            self._orbax.save(staging / _STATE, jax.tree.map(_array, tree))
+            self._orbax.save(staging / STATE, jax.tree.map(_array, tree))
         except Exception as error:
             raise self._failure(error, staging) from error
-        self._thread = threading.Thread(target=self._finish, args=(step, staging, text), name=f"save-{step}")
+        self._thread = threading.Thread(target=self._finish, args=(step, staging, meta), name=f"save-{step}")
         self._thread.start()
         if wait:
             self.wait()
@@ -104,7 +104,7 @@ class Checkpoints:
             folder = self._dir / f"{step:08d}"
             damage = find_damage(folder)
             if damage is None:
-                return step, _restore(self._orbax, folder, abstract_tree), _meta(folder)
+                return step, _restore(self._orbax, folder, abstract_tree), read_meta(folder)
             aside = _free_name(folder.with_name(folder.name + _DAMAGED))
             folder.rename(aside)
             self._log(f"checkpoint of step {step} is damaged ({damage}): kept as {aside.name}, trying the one before")
@@ -124,12 +124,11 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _finish(self, step: int, staging: Path, meta: str) -> None:
+    def _finish(self, step: int, staging: Path, meta: Mapping[str, Any]) -> None:
         """The background half of a save: wait for the arrays, seal the folder, give it its name, drop old ones."""
         try:
             self._orbax.wait_until_finished()
-            _write(staging / _META, meta)
-            _write(staging / _MANIFEST, json.dumps(_fingerprints(staging)))
+            seal(staging, meta)
             final, replaced = self._dir / f"{step:08d}", self._dir / f"{_REPLACED}{step:08d}"
             if final.exists():
                 final.rename(replaced)  # a kill before the next line is mended by `_tidy`
@@ -159,8 +158,8 @@ def steps(directory: str | os.PathLike[str]) -> list[int]:
     return sorted(int(p.name) for p in Path(directory).glob("*") if p.name.isdigit() and p.is_dir())
 
 
-def restore_params(path: str | os.PathLike[str], log: Callable[[str], None] = print) -> tuple[Params, dict[str, Any]]:
-    """`(params, meta)` of a run folder (its newest good checkpoint) or of one checkpoint folder; NumPy leaves.
+def newest_checkpoint(path: str | os.PathLike[str], log: Callable[[str], None] = print) -> Path:
+    """The newest good checkpoint folder of a run folder, or `path` itself where it is one.
 
     Nothing is renamed or deleted: the run that owns the folder may be alive.
 
@@ -181,9 +180,30 @@ def restore_params(path: str | os.PathLike[str], log: Callable[[str], None] = pr
     for folder in candidates:
         damage = find_damage(folder)
         if damage is None:
-            return _restore_params(folder), _meta(folder)
+            return folder
         log(f"{folder}: damaged ({damage})")
     raise UserError(f"{path}: no readable checkpoint; the oldest one is damaged too ({damage})")
+
+
+def restore_params(path: str | os.PathLike[str], log: Callable[[str], None] = print) -> tuple[Params, dict[str, Any]]:
+    """`(params, meta)` of a run folder (its newest good checkpoint) or of one checkpoint folder; NumPy leaves.
+
+    Raises:
+        UserError: as `newest_checkpoint`.
+    """
+    folder = newest_checkpoint(path, log)
+    return _restore_params(folder), read_meta(folder)
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The plain values beside a checkpoint's arrays."""
+    return json.loads((folder / _META).read_text())
+
+
+def seal(folder: Path, meta: Mapping[str, Any]) -> None:
+    """Make a folder with a `state/` in it a checkpoint: its meta.json, then its manifest."""
+    _write(folder / _META, json.dumps(meta))
+    _write(folder / _MANIFEST, json.dumps(_fingerprints(folder)))
 
 
 def find_damage(folder: Path) -> str | None:
@@ -216,7 +236,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 def _restore(orbax: ocp.StandardCheckpointer, folder: Path, abstract_tree: Any) -> Any:
     try:
-        return orbax.restore(folder / _STATE, jax.tree.map(_abstract, abstract_tree))
+        return orbax.restore(folder / STATE, jax.tree.map(_abstract, abstract_tree))
     except (ValueError, KeyError, TypeError) as error:
         # The bytes are sound, so what differs is the model or the optimizer.
         reason = " ".join(str(error).split())[:300]
@@ -225,17 +245,13 @@ def _restore(orbax: ocp.StandardCheckpointer, folder: Path, abstract_tree: Any) 
 
 def _restore_params(folder: Path) -> Params:
     with ocp.PyTreeCheckpointer() as orbax:
-        tree = orbax.metadata(folder / _STATE).item_metadata.tree
+        tree = orbax.metadata(folder / STATE).item_metadata.tree
         if "params" not in tree:
             raise UserError(f"{folder}: its state has no `params`; found {', '.join(sorted(tree))}")
         wanted = {"params": tree["params"]}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         args = ocp.args.PyTreeRestore(item=wanted, restore_args=as_numpy, partial_restore=True)
-        return orbax.restore(folder / _STATE, args=args)["params"]
-
-
-def _meta(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / _META).read_text())
+        return orbax.restore(folder / STATE, args=args)["params"]
 
 
 def _array(leaf: Any) -> Any:

@@ -10,6 +10,7 @@ restored by `m1jax.train.checkpoint`, and what a run saved there is read here.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from m1jax.errors import UserError
 
 Path_ = tuple[str, ...]
 _PARAMS = "params"
+
+# Said whenever a folder is written without jax.Arrays in it, which is what this file is for.
+logging.getLogger("absl").addFilter(lambda record: "No jax.Array in TypeHandlerRegistry" not in record.getMessage())
 
 
 @dataclass(frozen=True)
@@ -107,13 +111,16 @@ class StoredLeaves:
     def read(self, path: Path_, index: tuple[int, ...] = ()) -> np.ndarray:
         """The leaf at a leading index, and nothing else of it (but its chunk, which a run writes whole)."""
         if path not in self._stores:
-            name = ".".join((_PARAMS, *path))
-            kvstore = {"driver": "ocdbt", "base": f"file://{self._folder}", "path": f"{name}/"}
-            # One chunk of a leaf may be the whole leaf: kept until the next leaf is read, so that it is read once.
-            self._stores = {
-                path: ts.open(
-                    {"driver": "zarr", "kvstore": kvstore, "context": {"cache_pool": {"total_bytes_limit": 0}}},
-                    read=True,
-                ).result()
-            }
+            self._stores = {path: self._store(path, len(index))}
         return np.asarray(self._stores[path][index].read().result())
+
+    def _store(self, path: Path_, leading: int) -> Any:
+        name = ".".join((_PARAMS, *path))
+        kvstore = {"driver": "ocdbt", "base": f"file://{self._folder}", "path": f"{name}/"}
+        spec: dict[str, Any] = {"driver": "zarr", "kvstore": kvstore}
+        store = ts.open(spec, read=True).result()
+        chunk = store.chunk_layout.read_chunk.shape
+        if math.prod(chunk[:leading]) > 1:  # a run writes whole leaves as one chunk: keep it while it is sliced
+            spec["context"] = {"cache_pool": {"total_bytes_limit": 2 * math.prod(chunk) * self.dtypes[path].itemsize}}
+            store = ts.open(spec, read=True, context=ts.Context()).result()
+        return store

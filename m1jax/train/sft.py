@@ -26,12 +26,13 @@ from m1jax.errors import UserError, require_finite
 from m1jax.model.config import ModelConfig
 from m1jax.sharding import check_rows, data_mesh
 from m1jax.train import report
-from m1jax.train.checkpoint import Checkpoints, restore_params, steps
+from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
 from m1jax.train.interrupt import Interrupted, StopSignal
 from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
 from m1jax.train.next_token import TokenBatch, make_supervised_update
 from m1jax.train.optimizer import OptimizerConfig, make_optimizer
+from m1jax.train.pretrained import init_params
 from m1jax.train.settings import CheckpointConfig
 from m1jax.train.state import init_state
 
@@ -160,7 +161,7 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     sequences = WorkedSolutions(config)
     optimizer = make_optimizer(config.optimizer)
     fresh = not steps(folder / "checkpoints")
-    params = restore_params(config.init_from)[0] if config.init_from and fresh else None
+    params = init_params(config.init_from, config.model, log)[0] if config.init_from and fresh else None
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     update = make_supervised_update(config.model, optimizer, mesh, balance_coefficient=config.balance_coefficient)
     report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config

@@ -40,13 +40,18 @@ def init_state(
 ) -> TrainState:
     """A fresh state on all devices of the mesh: parameters drawn from `seed` (or those given) and zero moments.
 
+    Given parameters, a checkpoint's, take the dtypes that the configuration asks for.
+
     Raises:
         UserError: `params` are those of another model.
     """
 
     def fresh(given: Params | None) -> TrainState:
         init_key, run_key = jax.random.split(jax.random.key(seed))
-        params = transformer.init(init_key, config) if given is None else given
+        if given is None:
+            params = transformer.init(init_key, config)
+        else:
+            params = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), given, _wanted_params(config))
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), run_key)
 
     if params is not None:
@@ -56,10 +61,9 @@ def init_state(
 
 def check_params(params: Params, config: ModelConfig) -> None:
     """Raise UserError, naming the first parameter, where a tree is not one of this model."""
-    wanted = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
     have, want = (
         {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, wanted))
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, _wanted_params(config)))
     )
     for name in want | have:
         if have.get(name) != want.get(name):
@@ -67,6 +71,11 @@ def check_params(params: Params, config: ModelConfig) -> None:
                 f"parameter {name}: the checkpoint has shape {have.get(name, 'no such parameter')}, "
                 f"config.model asks for {want.get(name, 'no such parameter')}; use the config.model it was trained with"
             )
+
+
+def _wanted_params(config: ModelConfig) -> Params:
+    """Shape and dtype of every parameter of this model."""
+    return jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
 
 
 def apply_gradients(

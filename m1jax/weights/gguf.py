@@ -99,6 +99,10 @@ class GGUFModel:
     tokenizer_config: dict[str, Any]
     generation_config: dict[str, Any]
 
+    def read(self, name: str) -> np.ndarray:
+        """The values of one tensor; so the model is a source for load.py, as a folder is."""
+        return self.tensors[name].read()
+
 
 def read_gguf(path: str | Path) -> GGUFModel:
     """Read everything but the weights, which stay in the file until each is asked for.

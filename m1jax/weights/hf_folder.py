@@ -6,6 +6,7 @@ the config asks for, and what is missing, unknown, misshaped, doubled or of anot
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import struct
@@ -61,7 +62,6 @@ class HFFolder:
         config: the decoder; `param_dtype` is that of the stored tensors (router gates aside).
         values: config.json as it is.
         notes: what was left aside, one line each.
-        total_bytes: of all tensors that are read.
     """
 
     def __init__(self, folder: Path, dtype: str = ""):
@@ -89,7 +89,6 @@ class HFFolder:
         if problems:
             raise UserError(f"{folder}: " + "; ".join(problems))
         self.config = with_dtype(self.config, dtype)
-        self.total_bytes = sum((folder_entry := self._stored[t.name]) and _bytes(folder_entry) for t in wanted)
 
     def read(self, name: str) -> np.ndarray:
         """The values of one tensor, in the dtype that they are stored in."""
@@ -140,8 +139,6 @@ def hf_bytes(tensors: Iterable[HFTensor], dtype: str) -> int:
 
 def with_dtype(config: ModelConfig, dtype: str) -> ModelConfig:
     """`config` with activations and parameters in `dtype`."""
-    import dataclasses
-
     if dtype not in ("float32", "bfloat16", "float64"):
         raise UserError(f"dtype: {dtype!r} is not stored here; give --dtype=float32 or --dtype=bfloat16")
     return dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
@@ -315,10 +312,6 @@ def _dtype_problems(stored: Mapping[str, Stored], wanted: Sequence[HFTensor]) ->
     if "F16" in by_dtype:
         return ["the tensors are float16, which is not stored here; give --dtype=float32"]
     return []
-
-
-def _bytes(entry: Stored) -> int:
-    return int(np.prod(entry.shape)) * _NUMPY[entry.dtype].itemsize
 
 
 def _list(names: Sequence[str]) -> str:
