@@ -1,8 +1,9 @@
-"""Prompts from questions: one question in, the ids that the model reads out.
+"""Prompts from questions and conversations: text in, the ids that the model reads out.
 
-A template is rendered once, around a mark that stands for the question, and each question is then put in the mark's
-place. So a question can never act on the template, a template that drops or repeats the question is noticed, and
-special tokens are read in the template only: "<eos>" inside a question stays text.
+A template is rendered around marks that stand for the contents, and each content is then put in its mark's place. So a
+content can never act on the template, a template that drops or repeats one is noticed, and special tokens are read in
+the template only: "<eos>" inside a question stays text. The price: a template that works on contents (cuts the thought
+out of earlier answers, say) finds nothing to work on.
 
     template ""            <bos>[system\\n]question\\n      the model answers <think>…</think><answer>…</answer><eos>
     template "tokenizer"   the chat template that tokenizer_config.json carries
@@ -12,12 +13,14 @@ special tokens are read in the template only: "<eos>" inside a question stays te
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from m1jax.data.tokenizer import Tokenizer
 from m1jax.errors import UserError
 
-_MARK = "\ue000question\ue001"  # private-use characters: no template writes them
+_MARK = re.compile("\ue000(\\d+)\ue001")  # private-use characters: no template writes them
 
 
 def render(question: str, *, template: str = "", system: str = "", tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -32,15 +35,38 @@ def render(question: str, *, template: str = "", system: str = "", tokenizer: To
     Raises:
         UserError: the template is missing, fails, does not hold the question exactly once, or writes BOS elsewhere.
     """
+    return render_conversation(
+        [{"role": "user", "content": question}], template=template, system=system, tokenizer=tokenizer
+    )
+
+
+def render_conversation(
+    messages: Sequence[Mapping[str, str]], *, template: str = "", system: str = "", tokenizer: Tokenizer
+) -> tuple[int, ...]:
+    """Return a whole conversation as the prompt of its next answer; `render` is the case of one question.
+
+    Args:
+        messages: {"role": "user" or "assistant", "content": untrusted text} in order, the system prompt left out.
+        template, system, tokenizer: as in `render`; the plain form "" has no turns and takes one question only.
+
+    Raises:
+        UserError: as `render`; each content has to occur once, and in order.
+    """
     if template:
-        before, after = _layout(_template_text(template, tokenizer), template, system, _names(tokenizer))
+        roles = tuple(message["role"] for message in messages)
+        pieces = _layout(_template_text(template, tokenizer), template, system, roles, _names(tokenizer))
+    elif len(messages) == 1:
+        pieces = f"{tokenizer.bos_token or ''}{system}{system and chr(10)}", "\n"
     else:
-        before, after = f"{tokenizer.bos_token or ''}{system}{system and chr(10)}", "\n"
-    if tokenizer.encode(question) == (plain := tokenizer.encode(question, specials=False)):
-        ids = tokenizer.encode(before + question + after)  # whole, so that no merge is lost at the seams
-    else:
-        ids = tokenizer.encode(before) + plain + tokenizer.encode(after)
-    return tuple(_one_bos(ids, tokenizer, template))
+        raise UserError('template "": the plain form has no turns; give a chat template, or one question at a time')
+    text, ids = pieces[0], []
+    for message, after in zip(messages, pieces[1:], strict=True):
+        content = message["content"]
+        if tokenizer.encode(content) == (plain := tokenizer.encode(content, specials=False)):
+            text += content + after  # encoded with what surrounds it, so that no merge is lost at the seams
+        else:
+            ids, text = [*ids, *tokenizer.encode(text), *plain], after
+    return tuple(_one_bos([*ids, *tokenizer.encode(text)], tokenizer, template))
 
 
 def _one_bos(ids: list[int], tokenizer: Tokenizer, template: str) -> list[int]:
@@ -83,11 +109,14 @@ def _names(tokenizer: Tokenizer) -> tuple[tuple[str, str], ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _layout(source: str, name: str, system: str, names: tuple[tuple[str, str], ...]) -> tuple[str, str]:
-    """Return what the template writes before and after the question, with string content or else list content.
+def _layout(
+    source: str, name: str, system: str, roles: tuple[str, ...], names: tuple[tuple[str, str], ...]
+) -> tuple[str, ...]:
+    """Return what the template writes before, between and after the contents of messages with these roles.
 
-    A template made for one form does not always fail on the other: `content[0]["text"]` of a string is an undefined
-    value, which Jinja prints as nothing. So the test is that the question is there once, not that no error came.
+    With string content or else list content. A template made for one form does not always fail on the other:
+    `content[0]["text"]` of a string is an undefined value, which Jinja prints as nothing. So the test is that every
+    content is there once, not that no error came.
     """
     import jinja2
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -108,14 +137,24 @@ def _layout(source: str, name: str, system: str, names: tuple[tuple[str, str], .
     reasons = []
     for wrap in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
         messages = [{"role": "system", "content": wrap(system)}] if system else []
-        messages.append({"role": "user", "content": wrap(_MARK)})
+        messages += [{"role": role, "content": wrap(f"\ue000{i}\ue001")} for i, role in enumerate(roles)]
         try:
             text = compiled.render(messages=messages, add_generation_prompt=True, **dict(names))
         except Exception as error:  # a template runs any expression, so it may raise anything
             reasons.append(str(error) or type(error).__name__)
             continue
-        if text.count(_MARK) == 1 and system in text:
-            before, after = text.split(_MARK)
-            return before, after
-        reasons.append(f"the question occurs {text.count(_MARK)} times, the system prompt {text.count(system)}")
+        pieces = _MARK.split(text)  # text, number, text, number, ..., text
+        found = [int(number) for number in pieces[1::2]]
+        if found == list(range(len(roles))) and system in text:
+            return tuple(pieces[::2])
+        reasons.append(_misplaced(found, len(roles)) + f", the system prompt {text.count(system)}" * bool(system))
     raise UserError(f"template {name}: with string content: {reasons[0]}; with list content: {reasons[1]}")
+
+
+def _misplaced(found: list[int], count: int) -> str:
+    """What is wrong with the marks that a template wrote."""
+    for number in range(count):
+        if found.count(number) != 1:
+            who = "the question" if count == 1 else f"message {number + 1} of {count}"
+            return f"{who} occurs {found.count(number)} times"
+    return "the messages occur once" if found == sorted(found) else "the messages change places"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 
+from m1jax.model.cache import write_slots
 from m1jax.model.config import ModelConfig
 from m1jax.model.layers import bias, rotate, weight
 from m1jax.pallas_kernels.softmax_attention import softmax_attention
@@ -45,8 +46,8 @@ class SoftmaxAttention(nn.Module):
             k_BSKH, v_BSKH, k_positions_BS, k_segments_BS = k_BTKH, v_BTKH, positions_BT, segment_ids_BT
         else:
             first_slot, k_positions_BS, k_segments_BS = slots
-            k_BSKH = jax.lax.dynamic_update_slice(cache["keys"], k_BTKH, (0, first_slot, 0, 0))
-            v_BSKH = jax.lax.dynamic_update_slice(cache["values"], v_BTKH, (0, first_slot, 0, 0))
+            k_BSKH = write_slots(cache["keys"], k_BTKH, first_slot)
+            v_BSKH = write_slots(cache["values"], v_BTKH, first_slot)
             cache = {"keys": k_BSKH, "values": v_BSKH}
         o_BTNH = softmax_attention(
             q_BTNH, k_BSKH, v_BSKH,

@@ -67,15 +67,21 @@ def claim_slots(cache: Cache, segment_ids_BT: jax.Array) -> tuple[Cache, jax.Arr
     Keys and values of the slots are written layer by layer afterwards.
     """
     live_BT = (segment_ids_BT > 0).astype(jnp.int32)
-    positions_BT = jnp.maximum(cache.lengths[:, None] + jnp.cumsum(live_BT, axis=1) - 1, 0)
-    write = lambda table_BS, new_BT: jax.lax.dynamic_update_slice(table_BS, new_BT, (0, cache.next_slot))  # noqa: E731
+    before_BT = jnp.cumsum(live_BT, axis=1, dtype=jnp.int32) - 1
+    positions_BT = jnp.maximum(cache.lengths[:, None] + before_BT, 0)
+    write = lambda table_BS, new_BT: write_slots(table_BS, new_BT, cache.next_slot)  # noqa: E731
     return Cache(
         layers=cache.layers,
         slot_positions=write(cache.slot_positions, positions_BT),
         slot_segments=write(cache.slot_segments, live_BT),
         next_slot=cache.next_slot + segment_ids_BT.shape[1],
-        lengths=cache.lengths + live_BT.sum(axis=1),
+        lengths=cache.lengths + live_BT.sum(axis=1, dtype=jnp.int32),
     ), positions_BT
+
+
+def write_slots(table_BS: jax.Array, new_BT: jax.Array, first_slot: jax.Array) -> jax.Array:
+    """`table_BS` [B, S, ...] with T columns from `first_slot` on replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(table_BS, new_BT, first_slot, axis=1)
 
 
 def repeat_rows(cache: Cache, repeats: int) -> Cache:

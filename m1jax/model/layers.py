@@ -80,9 +80,10 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, rotary_dim: int, theta: f
     """
     half = rotary_dim // 2
     dtype = jnp.promote_types(x_BTNH.dtype, jnp.float32)
-    # In float64 on the host: a float32 power is off by 1e-6, which position 1000 turns into an angle off by 1e-3.
-    frequency_h = jnp.asarray(theta ** (-np.arange(half) / half), dtype)
-    angle_BT1h = positions_BT[:, :, None, None].astype(dtype) * frequency_h
+    # Rounded where PyTorch rounds them, after the power and after the division: an ulp of a frequency is 1e-5 of angle
+    # at position 200, and released models were trained with these. XLA's own float32 power is off by several ulp.
+    frequency_h = jnp.asarray(np.float32(1) / np.float32(float(theta) ** (np.arange(half) / half)))
+    angle_BT1h = (positions_BT[:, :, None, None].astype(jnp.float32) * frequency_h).astype(dtype)
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
     first, second = x_BTNH[..., :half].astype(dtype), x_BTNH[..., half:rotary_dim].astype(dtype)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

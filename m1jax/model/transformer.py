@@ -217,7 +217,7 @@ def trace(
 def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
     """int32 [B, T]: each token's distance from its segment's start, counted in live tokens."""
     live_BT = segment_ids_BT > 0
-    before_BT = jnp.cumsum(live_BT, axis=1) - live_BT
+    before_BT = jnp.cumsum(live_BT, axis=1, dtype=jnp.int32) - live_BT
     starts_BT = segment_ids_BT != jnp.pad(segment_ids_BT, ((0, 0), (1, 0)))[:, :-1]
     origin_BT = jax.lax.cummax(jnp.where(starts_BT & live_BT, before_BT, 0), axis=1)
     return (before_BT - origin_BT).astype(jnp.int32)

@@ -135,7 +135,7 @@ def sample(
 
     def step(carry):
         t, cache, logits_BV, ids_BS, logprobs_BS, lengths_B, endings_B, run_B, live_B = carry
-        token_B, logprob_B = _sample_token(key_B, t, logits_BV, sampling)
+        token_B, logprob_B = sample_token(key_B, t, logits_BV, sampling)
         ids_BS = ids_BS.at[:, t].set(jnp.where(live_B, token_B, 0))
         logprobs_BS = logprobs_BS.at[:, t].set(jnp.where(live_B, logprob_B, 0.0))
         lengths_B = lengths_B + live_B
@@ -163,10 +163,19 @@ def sample(
     return ids_BS, logprobs_BS, lengths_B, endings_B
 
 
-def _sample_token(
-    key_B: jax.Array, t: jax.Array, logits_BV: jax.Array, sampling: Sampling
+def sample_token(
+    key_B: jax.Array, t: jax.Array | int, logits_BV: jax.Array, sampling: Sampling
 ) -> tuple[jax.Array, jax.Array]:
-    """One token per row by the Gumbel-max rule, and its log-probability under the full tempered softmax."""
+    """One token per row by the Gumbel-max rule, and its log-probability under the full tempered softmax.
+
+    Args:
+        key_B: typed keys, of (seed, prompt index, sample).
+        t: int32 [], number of the token in its response; with the key it is all that the noise depends on.
+        logits_BV: float32.
+
+    Returns:
+        token_B int32 and logprob_B float32.
+    """
     if sampling.temperature == 0:
         token_B = jnp.argmax(logits_BV, axis=-1)
     else:
