@@ -111,18 +111,30 @@ def parse(argv: Sequence[str]) -> Arguments:
     Raises:
         UserError: an unknown flag, a missing or broken config file, an override that is no `--config.key=value`.
     """
-    overrides = [word for word in argv if word.startswith(("--config.", "-config."))]
     parser = Parser(allow_abbrev=False, description="See configs/README.md for the configs and what they need.")
-    about = "config file; :smoke shrinks it"
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]", help=about)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="run folder; an existing one is resumed")
     parser.add_argument("--init_from", metavar="PATH", help="run folder or checkpoint to take parameters from")
+    known, config = parse_with_config(parser, argv)
+    return Arguments(config, Path(known.workdir), Path(known.init_from) if known.init_from else None)
+
+
+def parse_with_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The flags of `parser`, and the values of `--config`, which is added here, with the overrides laid over them.
+
+    Raises:
+        UserError: as `parse`.
+    """
+    about = "config file; :smoke shrinks it"
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]", help=about)
     parser.epilog = "Any value of the config: --config.section.key=VALUE"
+    overrides = [word for word in argv if word.startswith(("--config.", "-config."))]
     known = parser.parse_args([word for word in argv if word not in overrides])
     config = load_config(known.config)
     for word, value in _gather(overrides).items():
         _lay(config, word, value)
-    return Arguments(config, Path(known.workdir), Path(known.init_from) if known.init_from else None)
+    return known, config
 
 
 def load_config(spec: str) -> dict[str, Any]:

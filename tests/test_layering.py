@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 OURS = ("m1jax", "configs", "experiments", "launch", "tests")
 
-STAGES = ("prompts", "engine_local", "advantage", "batch", "loss", "update", "evaluate", "monitors", "run", "loop")
+STAGES = (
+    "prompts", "engine_local", "stream", "advantage", "batch", "loss", "update", "evaluate", "monitors", "run", "loop",
+)  # fmt: skip
 
 ARROWS = {
     # room: what it must not import, itself excepted.
@@ -30,6 +32,12 @@ ARROWS = {
     "m1jax/rl/evaluate.py": ("jax", "m1jax.model", "m1jax.rl"),
     "m1jax/rl/loss.py": ("m1jax.model", "m1jax.data", "m1jax.train", "m1jax.rl"),
     "m1jax/rl/engine_local.py": ("m1jax.rl", "m1jax.train", "m1jax.rewards", "m1jax.data"),
+    "m1jax/rl/stream.py": (
+        "m1jax.data",
+        "m1jax.rewards",
+        "m1jax.train",
+        *(f"m1jax.rl.{s}" for s in STAGES if s != "engine_local"),
+    ),  # fmt: skip
     "m1jax/rl/update.py": ("m1jax.data", "m1jax.rewards", *(f"m1jax.rl.{s}" for s in STAGES if s != "loss")),
     "configs": ("jax", "flax", "m1jax", "experiments", "launch", "tests"),
     "experiments": ("launch", "tests"),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from m1jax.types import Engine, Prompt, Rollout, Sampling
+from m1jax.rewards.format import format_reward
+from m1jax.types import ENDINGS, Engine, Prompt, Rollout, Sampling
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One held-out prompt with its response and whether it was right."""
+    """One held-out prompt with its response, as text too, and whether it was right."""
 
     prompt: Prompt
+    rollout: Rollout
     text: str
     correct: bool
 
@@ -32,7 +35,7 @@ def evaluate(
     """
     rollouts = engine.generate(prompts, 1, sampling, seed)
     texts, correct = score(prompts, rollouts)
-    return [Answered(p, t, c >= 1.0) for p, t, c in zip(prompts, texts, correct, strict=True)]
+    return [Answered(p, r, t, c >= 1.0) for p, (r,), t, c in zip(prompts, rollouts, texts, correct, strict=True)]
 
 
 def accuracy_by_task(answers: Sequence[Answered]) -> dict[str, tuple[int, int]]:
@@ -42,3 +45,13 @@ def accuracy_by_task(answers: Sequence[Answered]) -> dict[str, tuple[int, int]]:
         right, n = table.get(answer.prompt.problem.task, (0, 0))
         table[answer.prompt.problem.task] = (right + answer.correct, n + 1)
     return table
+
+
+def manner(answers: Sequence[Answered]) -> dict[str, Any]:
+    """How answers are, right or wrong: share in exact form, mean length in tokens, share of each ending."""
+    n = max(len(answers), 1)
+    return {
+        "format": sum(format_reward(a.text) for a in answers) / n,
+        "mean_length": sum(len(a.rollout.token_ids) for a in answers) / n,
+        "endings": {ending: sum(a.rollout.ending == ending for a in answers) / n for ending in ENDINGS},
+    }

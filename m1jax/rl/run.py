@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from m1jax.config import to_dict
 from m1jax.data.chat import render
@@ -25,7 +26,7 @@ from m1jax.rewards.grader import Grader
 from m1jax.rewards.score import score_responses
 from m1jax.rl.engine_local import LocalEngine
 from m1jax.rl.evaluate import Answered
-from m1jax.rl.prompts import PromptSource, heldout_prompts
+from m1jax.rl.prompts import PromptSource, Tokenize, heldout_prompts
 from m1jax.rl.settings import RLConfig
 from m1jax.rl.update import make_update
 from m1jax.sharding import check_rows, data_mesh
@@ -43,12 +44,67 @@ SAMPLES = 10
 
 
 @dataclass(frozen=True)
+class Questions:
+    """What is asked, and how it is read: all that a config says of text.
+
+    Attributes:
+        tokenizer: of prompts and responses.
+        tokenize: question to prompt ids, by the config's template.
+        tasks: in the order of the config.
+        heldout: held-out prompts, task by task.
+    """
+
+    tokenizer: Any
+    tokenize: Tokenize
+    tasks: list[Task]
+    heldout: list[Prompt]
+
+
+@dataclass(frozen=True)
 class Scores:
     """What the reward stage says of P prompts with R responses each."""
 
     rewards_PR: np.ndarray
     correct_PR: np.ndarray
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The reward stage: responses, judged on their text by the tasks' verifiers."""
+
+    tokenizer: Any
+    tasks: Mapping[str, Task]
+    grader: Grader
+    format_weight: float
+
+    def score(self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> Scores:
+        """Rewards of all responses of a step.
+
+        Raises:
+            NonFinite: a response has a log-probability that is none; with such weights no group need have variance,
+                so that no update would show it.
+        """
+        if not all(np.isfinite(r.rollout_logprobs).all() for group in rollouts for r in group):
+            raise NonFinite(step, "rollout", "a log-probability")
+        problems = [p.problem for p, group in zip(prompts, rollouts, strict=True) for _ in group]
+        scored = score_responses(self.grader, self.tasks, problems, self._texts(rollouts), self.format_weight)
+        shape = (len(prompts), -1)
+        return Scores(scored.rewards.reshape(shape), scored.correct.reshape(shape), scored.metrics())
+
+    def score_heldout(
+        self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]
+    ) -> tuple[list[str], np.ndarray]:
+        """(texts, correctness) of one response to each prompt."""
+        return self._texts(rollouts), self.score(step, prompts, rollouts).correct_PR[:, 0]
+
+    def _texts(self, rollouts: Sequence[Sequence[Rollout]]) -> list[str]:
+        stop_ids = set(self.tokenizer.stop_ids)
+        return [
+            self.tokenizer.decode([i for i in map(int, r.token_ids) if i not in stop_ids])
+            for group in rollouts
+            for r in group
+        ]
 
 
 @dataclass
@@ -65,11 +121,9 @@ class Run:
 
     config: RLConfig
     folder: Path
-    tasks: dict[str, Task]
     source: PromptSource
     heldout: list[Prompt]
-    tokenizer: Any
-    grader: Grader
+    scorer: Scorer
     engine: Engine
     update: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
     checkpoints: Checkpoints
@@ -86,37 +140,17 @@ class Run:
     @property
     def noise_seed(self) -> int:
         """Seed of the sampling noise, drawn from the run's own key (which is saved) and the same in every step."""
-        return int(jax.random.bits(self.state.key)) >> 1
+        return noise_seed(self.state.key)
 
     def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> Scores:
-        """Rewards of all responses, judged on their text by the tasks' verifiers.
-
-        Raises:
-            NonFinite: a response has a log-probability that is none; with such weights no group need have variance,
-                so that no update would show it.
-        """
-        if not all(np.isfinite(r.rollout_logprobs).all() for group in rollouts for r in group):
-            raise NonFinite(self.step + 1, "rollout", "a log-probability")
-        problems = [p.problem for p, group in zip(prompts, rollouts, strict=True) for _ in group]
-        scored = score_responses(
-            self.grader, self.tasks, problems, self._texts(rollouts), self.config.reward.format_weight
-        )
-        shape = (len(prompts), -1)
-        return Scores(scored.rewards.reshape(shape), scored.correct.reshape(shape), scored.metrics())
+        """Rewards of all responses of this step."""
+        return self.scorer.score(self.step + 1, prompts, rollouts)
 
     def score_heldout(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]
     ) -> tuple[list[str], np.ndarray]:
         """(texts, correctness) of one response to each prompt."""
-        return self._texts(rollouts), self.score(prompts, rollouts).correct_PR[:, 0]
-
-    def _texts(self, rollouts: Sequence[Sequence[Rollout]]) -> list[str]:
-        stop_ids = set(self.tokenizer.stop_ids)
-        return [
-            self.tokenizer.decode([i for i in map(int, r.token_ids) if i not in stop_ids])
-            for group in rollouts
-            for r in group
-        ]
+        return self.scorer.score_heldout(self.step + 1, prompts, rollouts)
 
     def record_heldout(self, answers: Sequence[Answered], table: dict[str, tuple[int, int]]) -> None:
         """Note an evaluation: in the metrics of this step, and as `before` or `after` of the outcome."""
@@ -207,6 +241,47 @@ def check_heldout(config: RLConfig, meta: Mapping[str, Any]) -> None:
         )
 
 
+def open_questions(config: RLConfig) -> Questions:
+    """Tokenizer, tasks and held-out prompts of a run.
+
+    Raises:
+        UserError: something in the config or the data is the user's to mend.
+    """
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.stop_tokens)
+    check_vocab_size(config.model.vocab_size, tokenizer, config.tokenizer.path)
+    tokenize = partial(
+        render, template=config.tokenizer.chat_template, system=config.tokenizer.system_prompt, tokenizer=tokenizer
+    )
+    tasks = parse_tasks(config.tasks)
+    unseen = [p for t in tasks for p in heldout(t, config.evaluation.problems, config.problems.heldout_share)]
+    return Questions(tokenizer, tokenize, tasks, heldout_prompts(unseen, tokenize, config.problems.max_prompt_tokens))
+
+
+@contextmanager
+def open_scorer(config: RLConfig, questions: Questions) -> Iterator[Scorer]:
+    """The reward stage of a run; its worker processes start now and end with the context."""
+    with Grader(config.reward.workers, config.reward.cpu_seconds) as grader:
+        grader.warm_up([task.verifier for task in questions.tasks])
+        tasks = {task.name: task for task in questions.tasks}
+        yield Scorer(questions.tokenizer, tasks, grader, config.reward.format_weight)
+
+
+def local_engine(config: RLConfig, questions: Questions, mesh: Mesh) -> LocalEngine:
+    """The engine in this process, as a run uses it."""
+    return LocalEngine(
+        config.model,
+        prompt_tokens=config.problems.max_prompt_tokens,
+        rows=config.rollout.engine_rows,
+        stop_ids=questions.tokenizer.stop_ids,
+        mesh=mesh,
+    )
+
+
+def noise_seed(key: jax.Array) -> int:
+    """Seed of the sampling noise of a run whose PRNG key (`TrainState.key`) this is."""
+    return int(jax.random.bits(key)) >> 1
+
+
 @contextmanager
 def open_run(
     config: RLConfig, workdir: str | Path, params: Params | None, engine: Engine | None, log: Callable[[str], None]
@@ -219,21 +294,11 @@ def open_run(
         prompts = config.rollout.engine_rows // config.rollout.responses
         check_rows(prompts, "config.rollout.engine_rows / responses", mesh)
 
-    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.stop_tokens)
-    check_vocab_size(config.model.vocab_size, tokenizer, config.tokenizer.path)
-    tokenize = partial(
-        render, template=config.tokenizer.chat_template, system=config.tokenizer.system_prompt, tokenizer=tokenizer
-    )
-    tasks = parse_tasks(config.tasks)
+    questions = open_questions(config)
     problems = TrainProblems(
-        tasks, config.problems.heldout_share, config.problems.per_task, config.seed, parse_mix(config.tasks)
+        questions.tasks, config.problems.heldout_share, config.problems.per_task, config.seed, parse_mix(config.tasks)
     )
-    window = config.problems.max_prompt_tokens
-    source = PromptSource(problems, tokenize, window, config.seed)
-    unseen = heldout_prompts(
-        [p for t in tasks for p in heldout(t, config.evaluation.problems, config.problems.heldout_share)],
-        tokenize, window,
-    )  # fmt: skip
+    source = PromptSource(problems, questions.tokenize, config.problems.max_prompt_tokens, config.seed)
 
     if params is None and config.init_from and not steps(folder / "checkpoints"):
         params, meta = init_params(config.init_from, config.model, log)
@@ -260,15 +325,8 @@ def open_run(
             ]
         )
         stack.callback(sinks.close)
-        grader = stack.enter_context(Grader(config.reward.workers, config.reward.cpu_seconds))
-        grader.warm_up([task.verifier for task in tasks])
-        engine = engine or LocalEngine(
-            config.model,
-            prompt_tokens=config.problems.max_prompt_tokens,
-            rows=config.rollout.engine_rows,
-            stop_ids=tokenizer.stop_ids,
-            mesh=mesh,
-        )
+        scorer = stack.enter_context(open_scorer(config, questions))
+        engine = engine or local_engine(config, questions, mesh)
         engine.set_weights(state.params, step)
         update = make_update(
             config.model, config.loss, optimizer, mesh,
@@ -276,9 +334,9 @@ def open_run(
         )  # fmt: skip
         log(config.loss.describe())
         run = Run(
-            config=config, folder=folder, tasks={t.name: t for t in tasks}, source=source, heldout=unseen,
-            tokenizer=tokenizer, grader=grader, engine=engine, update=update, checkpoints=checkpoints, sinks=sinks,
-            clock=clock, log=log, state=state, step=step, cursor=cursor, saved=first,
+            config=config, folder=folder, source=source, heldout=questions.heldout, scorer=scorer, engine=engine,
+            update=update, checkpoints=checkpoints, sinks=sinks, clock=clock, log=log, state=state, step=step,
+            cursor=cursor, saved=first,
         )  # fmt: skip
         if outcome is not None:
             run.outcome = outcome

@@ -116,6 +116,14 @@ class RLConfig:
         if self.sampling.temperature <= 0:
             raise ValueError(f"sampling.temperature: {self.sampling.temperature} explores nothing; choose above 0")
         _ = self.batch_shape
+        for name, sampling in (("sampling", self.sampling), ("evaluation.sampling", self.evaluation.sampling)):
+            window, bound = self.problems.max_prompt_tokens + sampling.max_tokens, self.model.max_positions
+            if window > bound > 0:
+                raise ValueError(
+                    f"{name}.max_tokens: {sampling.max_tokens} after a prompt of {self.problems.max_prompt_tokens} "
+                    f"tokens make {window}, and the model was made for {bound} positions (model.max_positions); "
+                    f"lower it or problems.max_prompt_tokens"
+                )
 
     @property
     def batch_shape(self) -> BatchShape:

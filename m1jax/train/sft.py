@@ -90,6 +90,11 @@ class SFTConfig:
             raise ValueError(f"steps: {self.steps} must be at least 1")
         if not 0 <= self.reflection < 1:
             raise ValueError(f"reflection: {self.reflection} must be at least 0 and below 1")
+        if self.rows.tokens > self.model.max_positions > 0:
+            raise ValueError(
+                f"rows.tokens: {self.rows.tokens}, and the model was made for {self.model.max_positions} positions "
+                f"(model.max_positions); choose at most {self.model.max_positions}"
+            )
 
 
 class WorkedSolutions:

@@ -49,6 +49,44 @@ def test_logits_and_logprobs_are_the_reference_models(params, numbers):
     np.testing.assert_allclose(logprobs_BT[:, 1:], numbers["logprobs"], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["m1_kernel", "qwen2_tiny", "qwen2_tiny_tied", "llama_tiny_tied"])
+def test_other_recorded_models(name):
+    """Qwen2 with and without its own head, Llama, and a hybrid with heads of 64, by configuration alone."""
+    config, numbers, params = golden.config(name), golden.numbers(name), golden.weights(name)
+    tokens_BT = jnp.asarray(numbers["input_ids"])
+    ours_BTV, _ = logits(params, config, tokens_BT, jnp.ones_like(tokens_BT))
+    np.testing.assert_allclose(ours_BTV[:, numbers["positions"]], numbers["logits"], rtol=0, atol=2e-5)
+    logprobs_BT, _, _ = jit_logprobs(params, config, tokens_BT, jnp.ones_like(tokens_BT))
+    np.testing.assert_allclose(logprobs_BT[:, 1:], numbers["logprobs"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_tiny", "qwen2_tiny_tied", "llama_tiny_tied"])
+def test_gradients_of_other_recorded_models(name):
+    """Biases and the tied embedding, which is reached from both ends, among them; the README's tolerance is 1e-4."""
+    config, numbers, params = golden.config(name), golden.numbers(name), golden.weights(name)
+    tokens_BT = jnp.asarray(numbers["grad_input_ids"])
+    loss = lambda p: -token_logprobs(p, config, tokens_BT, jnp.ones_like(tokens_BT))[0][:, 1:].mean()  # noqa: E731
+    value, ours = jax.jit(jax.value_and_grad(loss))(params)
+    assert abs(value - numbers["loss"]) < 1e-5
+    theirs = jax.tree_util.tree_leaves_with_path(golden.gradients(name))
+    for (path, reference), mine in zip(theirs, jax.tree.leaves(ours), strict=True):
+        error = np.linalg.norm(mine - reference) / np.linalg.norm(reference)
+        assert error < 2e-5, (jax.tree_util.keystr(path), error)
+
+
+def test_trace_shows_what_each_layer_gives(params, numbers):
+    """Raw outputs and router choices of the recorded model; nothing changes by looking."""
+    tokens_BT = jnp.asarray(numbers["input_ids"])
+    ones_BT = jnp.ones_like(tokens_BT)
+    hidden_MD, _, layers = transformer.trace(params, CONFIG, tokens_BT, ones_BT)
+    plain_MD, _, _ = transformer.hidden_states(params, CONFIG, tokens_BT, ones_BT)
+    np.testing.assert_array_equal(hidden_MD, plain_MD)
+    outputs = layers["output_LMD"].reshape(8, *tokens_BT.shape, -1)[:, :, numbers["positions"]]
+    np.testing.assert_allclose(outputs, numbers["hidden"], rtol=0, atol=1e-4)
+    chosen = np.argsort(-layers["router_probabilities_LME"], axis=-1)[..., :2]
+    np.testing.assert_array_equal(chosen.reshape(numbers["router_ids"].shape), numbers["router_ids"])
+
+
 def test_left_padded_batch_is_the_reference_models(params, numbers):
     tokens_BT, mask_BT = jnp.asarray(numbers["padded_input_ids"]), numbers["padded_attention_mask"]
     ours_BTV, _ = logits(params, CONFIG, tokens_BT, jnp.asarray(mask_BT, jnp.int32))
@@ -161,18 +199,6 @@ def test_every_parameter_names_its_axes():
     assert tuple(qkv) == ("periods", "layers", "embed", "heads", None, "head_dim")
 
 
-def test_full_size_model_has_the_published_number_of_parameters():
-    """456,089,655,296 parameters at MiniMax-M1's sizes, by shapes alone."""
-    alpha = 160**0.25
-    m1 = ModelConfig(
-        vocab_size=200_064, num_layers=80, hidden_size=6144, num_heads=64, num_kv_heads=8, head_dim=128, rotary_dim=64,
-        num_experts=32, experts_per_token=2, expert_dim=9216,
-        lightning_alpha=alpha, softmax_alpha=alpha, mlp_alpha=alpha, dtype="bfloat16", param_dtype="bfloat16",
-    )  # fmt: skip
-    shapes = jax.eval_shape(lambda key: transformer.init(key, m1), jax.random.key(0))
-    assert sum(x.size for x in jax.tree.leaves(shapes)) == 456_089_655_296
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -182,6 +208,8 @@ def test_full_size_model_has_the_published_number_of_parameters():
         ({"experts_per_token": 5}, "experts_per_token: 5 exceeds num_experts 4"),
         ({"layer_pattern": ("linear",)}, "layer_pattern: .*linear.* unknown"),
         ({"remat": "all"}, "remat: 'all' must be one of"),
+        ({"experts_per_token": 0}, "experts_per_token: 0 of 4 experts would do nothing"),
+        ({"max_positions": -1}, "max_positions: -1 must be at least 0"),
     ],
 )
 def test_impossible_shapes_are_refused_with_the_reason(change, message):

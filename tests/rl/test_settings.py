@@ -44,6 +44,22 @@ def built(kind, **changes):
         (SFT, {"rows__micro_batch_rows": 0}, "config.rows.micro_batch_rows: 0 must be at least 1"),
         (SFT, {"rows__per_update": 0}, "config.rows.per_update: 0 must be at least 1"),
         (SFT, {"steps": 0}, "config.steps: 0 must be at least 1"),
+        (
+            RL,
+            {"model__max_positions": 127},
+            "config.sampling.max_tokens: 96 after a prompt of 32 tokens make 128, and the model was made for 127 "
+            "positions (model.max_positions); lower it or problems.max_prompt_tokens",
+        ),
+        (
+            RL,
+            {"model__max_positions": 128, "evaluation__sampling__max_tokens": 97},
+            "config.evaluation.sampling.max_tokens: 97 after a prompt of 32 tokens make 129",
+        ),
+        (
+            SFT,
+            {"model__max_positions": 127, "rows__tokens": 128},
+            "config.rows.tokens: 128, and the model was made for 127 positions (model.max_positions); choose at most",
+        ),
     ],
 )
 def test_value_without_a_meaning_is_refused(kind, change, message):
@@ -59,3 +75,8 @@ def test_questions_that_the_checkpoint_was_trained_on_cannot_be_held_out():
         check_heldout(config, trained)
     check_heldout(built(RL, problems__heldout_share=0.3), trained)
     check_heldout(built(RL, problems__heldout_share=0.2), trained)
+
+
+def test_windows_of_exactly_the_models_positions_are_allowed():
+    assert built(RL, model__max_positions=128).model.max_positions == 128
+    assert built(SFT, model__max_positions=128, rows__tokens=128).model.max_positions == 128

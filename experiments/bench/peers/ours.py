@@ -114,7 +114,7 @@ def learn(work: RL, folder: Path) -> Prepared:
     path = folder / "tokenizer.json"
     path.write_text(tokenizer_json())
     tokenizer, mesh, config = load_tokenizer(str(path)), data_mesh(), dense_config(work.model)
-    problems = [Problem("sevens", text, None) for text in prompts(10_000, work.prompt_tokens)]
+    problems: Any = [Problem("sevens", text, None) for text in prompts(10_000, work.prompt_tokens)]
     source = PromptSource(problems, lambda text: tuple(tokenizer.encode(text)), work.prompt_tokens, 0)
     per_batch = work.prompts * work.updates_per_batch
     settings = UpdateConfig(updates_per_batch=work.updates_per_batch, micro_batch_rows=work.prompts * work.group)

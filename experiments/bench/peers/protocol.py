@@ -46,12 +46,14 @@ def timed(run: Callable[[], Any]) -> tuple[dict[str, float], Any]:
 
 
 def fastest(candidates: Mapping[str, Callable[[], Any]]) -> str:
-    """The candidate with the shortest second call. Every side may choose its settings so."""
+    """The candidate with the shortest call, of two after a first one. Every side may choose its settings so."""
     if len(candidates) == 1:
         return next(iter(candidates))
-    for run in candidates.values():
-        run()
-    return min(candidates, key=lambda name: timed(candidates[name])[0]["wall"])
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(3):
+        for name, run in candidates.items():
+            seconds[name].append(timed(run)[0]["wall"])
+    return min(candidates, key=lambda name: min(seconds[name][1:]))
 
 
 def serve(

@@ -1,5 +1,8 @@
 """MiniMax in Hugging Face Transformers: MiniMaxForCausalLM with the quickest settings that it offers on a CPU."""
 
+# The peers live in an environment of their own.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import json
@@ -74,9 +77,11 @@ def decode(work: Decode, network: MiniMaxForCausalLM) -> Callable[[], Any]:
 def prepare(name: str, smoke: bool) -> Prepared:
     work = workload(name, smoke)
     assert isinstance(work, Pass | Decode)
-    make = passes if isinstance(work, Pass) else decode
     networks = {f"block {b}, experts {e}": model(work.model, b, e) for b in BLOCKS for e in EXPERTS}
-    runs = {setting: make(work, network) for setting, network in networks.items()}
+    runs = {
+        setting: passes(work, network) if isinstance(work, Pass) else decode(work, network)
+        for setting, network in networks.items()
+    }
     setting = fastest(runs)
     parameters = sum(p.numel() for p in networks[setting].parameters())
     return Prepared(runs[setting], {"parameters": parameters, "setting": f"sdpa, {setting}"})

@@ -4,6 +4,9 @@
 timed is all that a user of TRL runs between two updates: dataloader, generation, reward, advantages, loss, optimizer.
 """
 
+# The peers live in an environment of their own.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import json
@@ -28,15 +31,16 @@ class Gate(TrainerCallback):
     """Lets the training thread through for one window at a time, and brings the initial policy back in between."""
 
     def __init__(self, window: int):
-        self.window, self.tokens, self.failed = window, 0, None
+        self.window, self.tokens = window, 0
+        self.failed: str | None = None
         self._go, self._done = threading.Event(), threading.Event()
         self._initial: dict[str, torch.Tensor] = {}
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         self._initial = {name: value.clone() for name, value in model.state_dict().items()}
         self._wait()
 
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+    def on_step_end(self, args, state, control, model: Any = None, optimizer: Any = None, **kwargs):
         if state.global_step % self.window == 0:
             self._done.set()
             model.load_state_dict(self._initial)
@@ -46,6 +50,11 @@ class Gate(TrainerCallback):
     def _wait(self) -> None:
         self._go.wait()
         self._go.clear()
+
+    def end(self, why: str) -> None:
+        """Training is over: nobody should wait for the next window."""
+        self.failed = why
+        self._done.set()
 
     def through(self) -> dict[str, Any]:
         """Let one window run and wait for its end."""
@@ -108,12 +117,10 @@ def prepare(name: str, smoke: bool, folder: str) -> Prepared:
     def train() -> None:
         try:
             trainer.train()
-            gate.failed = "no steps left"
+            gate.end("no steps left")
         except BaseException as error:
-            gate.failed = f"{type(error).__name__}: {error}"
+            gate.end(f"{type(error).__name__}: {error}")
             raise
-        finally:
-            gate._done.set()
 
     threading.Thread(target=train, daemon=True).start()
     parameters = sum(p.numel() for p in trainer.model.parameters())
