@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -42,8 +40,6 @@ def main(argv: list[str]) -> None:
     for flag, value in (("--from", arguments.source), ("--to", arguments.to)):
         if not value:
             raise UserError(f"{flag} is missing; --help shows the forms")
-    # A scheduler's SIGTERM leaves by the same door as Ctrl-C, which removes what is half done.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     from m1jax.train.convert import convert
 
     target = convert(arguments.source, arguments.to, arguments.dtype, progress=progress_bar)

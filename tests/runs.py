@@ -114,7 +114,7 @@ def save_bigram(folder: Path) -> str:
     from m1jax.train.checkpoint import Checkpoints
 
     with Checkpoints(folder / "bigram") as checkpoints:
-        checkpoints.save(0, {"params": bigram()}, {}, wait=True)
+        checkpoints.save(0, {"params": bigram()}, {"config": {"model": MODEL}}, wait=True)
     return str(folder / "bigram")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from m1jax.data.tokenizer import load_tokenizer
 from m1jax.errors import UserError
 from m1jax.model.config import ModelConfig
 from m1jax.train.checkpoint import STATE, seal
+from m1jax.train.interrupt import StopSignal
 from m1jax.train.leaf_store import LazyLeaf, write_leaves
 from m1jax.train.pretrained import HUGGINGFACE, Pretrained, differences, find_pretrained
 from m1jax.weights.gguf import read_gguf
@@ -72,17 +74,28 @@ def convert(
     staging = target.absolute().with_name(f".{target.name}.converting")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    stop = StopSignal()
     try:
-        tick = progress(hf_bytes(tensors, config.param_dtype))
-        if model.checkpoint is None:
-            _to_checkpoint(model, config, staging, tick)
-        else:
-            _to_hf(model, config, staging, log, tick)
+        with stop:
+            count_bytes = progress(hf_bytes(tensors, config.param_dtype))
+
+            def tick(done: int) -> None:
+                # Between two tensors, in the thread that writes: nothing goes on writing while we clean up.
+                if stop.requested:
+                    raise KeyboardInterrupt
+                count_bytes(done)
+
+            if model.checkpoint is None:
+                _to_checkpoint(model, config, staging, tick)
+            else:
+                _to_hf(model, config, staging, log, tick)
         if target.exists():
             target.rmdir()
         staging.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
+        if stop.requested:
+            raise SystemExit(128 + signal.Signals[stop.requested]) from error
         raise
     return target
 

@@ -14,7 +14,6 @@ import pytest
 
 from m1jax.model import cache as cache_lib
 from m1jax.model import transformer
-from m1jax.model.config import ModelConfig
 from m1jax.model.logprobs import token_logprobs
 from tests.model import golden
 
