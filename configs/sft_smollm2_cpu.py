@@ -53,9 +53,10 @@ def get_config(argument: str = "") -> ConfigDict:
 
 def shrink(config: ConfigDict) -> None:
     """The same form at a size that needs neither the weights nor their tokenizer."""
-    config.model.update(
-        dict(num_layers=2, hidden_size=48, num_heads=3, num_kv_heads=1, head_dim=16, rotary_dim=16, expert_dim=96,
-             vocab_size=512)
+    small = dict(
+        num_layers=2, hidden_size=48, num_heads=3, num_kv_heads=1, head_dim=16, rotary_dim=16, expert_dim=96,
+        vocab_size=512,
     )  # fmt: skip
+    config.update(dict(model=small))
     config.tokenizer = dict(path="configs/tokenizers/reasoning_512.json")
     config.init_from = ""

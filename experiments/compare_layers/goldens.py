@@ -210,7 +210,15 @@ def _sequence_checks(
         if "states" in arrays and ours.states is not None and layer in lightning:
             place = lightning.index(layer)
             checks.append(
-                _state_check("states", path, layer, ours.states[place], arrays["states"][place], valid_BT.all(1), slack)
+                _state_check(
+                    "states",
+                    path,
+                    layer,
+                    ours.states[place],
+                    arrays["states"][place],
+                    np.asarray(valid_BT.all(1)),
+                    slack,
+                )
             )
     for name, mine in (("final_norm", ours.final_BTD), ("logits", ours.logits_BTV)):
         if name in arrays:

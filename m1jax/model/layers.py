@@ -53,7 +53,7 @@ TRACE = "trace"
 
 def record(module: nn.Module, name: str, value: jax.Array) -> None:
     """Show `value` to `transformer.trace`."""
-    module.sow(TRACE, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    module.sow(TRACE, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: jnp.zeros(()))
 
 
 class RMSNorm(nn.Module):

@@ -45,10 +45,11 @@ def token_logprobs(
     # A tied head stays the embedding [V, D]: transposed it would be a copy of the largest weight.
     tied = "head" not in params
     weight = params["embedding"] if tied else params["head"]
-    logprobs_M, entropy_M = _logprobs_and_entropy(
+    per_token: Any = _logprobs_and_entropy(
         previous_MD, weight, jnp.asarray(tokens_BT).reshape(-1), 1 if tied else 0, temperature,
         block_rows(config, B * T),
     )  # fmt: skip
+    logprobs_M, entropy_M = per_token
     return logprobs_M.reshape(B, T), entropy_M.reshape(B, T), router
 
 
@@ -107,8 +108,9 @@ def _backward(d_axis, temperature, R, kept, cotangents):
         onehot_RV = tokens_R[:, None] == jnp.arange(p_RV.shape[1])
         dlogits_RV = jnp.where(onehot_RV, 1 - p_RV, -p_RV) * (dlogprobs_R / temperature)[:, None]
         dhidden_RD = _product(dlogits_RV, weight, 1, 1 - d_axis).astype(hidden_RD.dtype)
-        pair = (at_least_float32(hidden_RD), dlogits_RV)
-        return _product(*(pair if d_axis == 0 else pair[::-1]), 0, 0), dhidden_RD
+        wide_RD = at_least_float32(hidden_RD)
+        one, other = (wide_RD, dlogits_RV) if d_axis == 0 else (dlogits_RV, wide_RD)
+        return _product(one, other, 0, 0), dhidden_RD
 
     rows = hidden_MD, tokens_M, logsumexp_M, cotangents[0]
     M = len(hidden_MD)

@@ -118,8 +118,8 @@ class StoredLeaves:
         name = ".".join((_PARAMS, *path))
         kvstore = {"driver": "ocdbt", "base": f"file://{self._folder}", "path": f"{name}/"}
         spec: dict[str, Any] = {"driver": "zarr", "kvstore": kvstore}
-        store = ts.open(spec, read=True).result()
-        chunk = store.chunk_layout.read_chunk.shape
+        store: Any = ts.open(spec, read=True).result()
+        chunk: tuple[int, ...] = store.chunk_layout.read_chunk.shape
         if math.prod(chunk[:leading]) > 1:  # a run writes whole leaves as one chunk: keep it while it is sliced
             spec["context"] = {"cache_pool": {"total_bytes_limit": 2 * math.prod(chunk) * self.dtypes[path].itemsize}}
             store = ts.open(spec, read=True, context=ts.Context()).result()
