@@ -33,6 +33,8 @@ TOKENIZER_FILES = (
 _NUMPY = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64),
           "F16": np.dtype(np.float16)}  # fmt: skip
 _STORED = {dtype: name for name, dtype in _NUMPY.items()}
+_MAPPED = 256 << 20
+"""Bytes read of a shard before it is opened anew."""
 _SHOWN = 20
 """Names of one kind of fault that a message lists before it counts."""
 
@@ -80,6 +82,7 @@ class HFFolder:
             self.notes.append(f"ignored {len(extra)} buffers that follow from the config ({extra[0]}, ...)")
         self._stored = {name: entry for name, entry in stored.items() if not IGNORED.fullmatch(name)}
         self._open: dict[Path, Any] = {}
+        self._mapped = 0
         wanted = hf_tensors(self.config)
         problems += _shape_problems(self._stored, wanted)
         found = {self._stored[t.name].dtype for t in wanted if t.name in self._stored and not t.router}
@@ -93,9 +96,12 @@ class HFFolder:
     def read(self, name: str) -> np.ndarray:
         """The values of one tensor, in the dtype that they are stored in."""
         file = self._stored[name].file
-        if file not in self._open:
-            self._open = {file: _open(file)}  # one shard at a time: a mapped file counts as memory
-        return self._open[file].get_tensor(name)
+        # What was read of a mapped file counts as memory until the file is closed: one shard, and not for long.
+        if file not in self._open or self._mapped > _MAPPED:
+            self._open, self._mapped = {file: _open(file)}, 0
+        array = self._open[file].get_tensor(name)
+        self._mapped += array.nbytes
+        return array
 
     def close(self) -> None:
         """Let go of the files."""
