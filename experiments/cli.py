@@ -96,6 +96,9 @@ def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH,
             raise
         detail = str(error).strip().split("\n")[0][:160]
         return _say(f"error: out of memory: lower {memory} and run again ({detail})", 2)
+    except BrokenPipeError:  # whoever reads our output, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a program that SIGPIPE ended
     except OSError as error:
         from m1jax.train.checkpoint import is_disk_full
 
