@@ -46,9 +46,10 @@ class SoftmaxAttention(nn.Module):
             k_BSKH, v_BSKH, k_positions_BS, k_segments_BS = k_BTKH, v_BTKH, positions_BT, segment_ids_BT
         else:
             first_slot, k_positions_BS, k_segments_BS = slots
-            k_BSKH = write_slots(cache["keys"], k_BTKH, first_slot)
-            v_BSKH = write_slots(cache["values"], v_BTKH, first_slot)
-            cache = {"keys": k_BSKH, "values": v_BSKH}
+            k_BKSH = write_slots(cache["keys"], k_BTKH.swapaxes(1, 2), first_slot, axis=2)
+            v_BKSH = write_slots(cache["values"], v_BTKH.swapaxes(1, 2), first_slot, axis=2)
+            cache = {"keys": k_BKSH, "values": v_BKSH}
+            k_BSKH, v_BSKH = k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
         o_BTNH = softmax_attention(
             q_BTNH, k_BSKH, v_BSKH,
             q_positions_BT=positions_BT, k_positions_BS=k_positions_BS,

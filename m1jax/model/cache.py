@@ -22,11 +22,11 @@ from m1jax.model.config import ModelConfig
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """The memory of B sequences. `layers` follows the pattern's runs; its leading axes are (periods, run length).
+    """The memory of B sequences.
 
     Attributes:
-        layers: per run a dict: lightning {"state": float32 [periods, run, B, N, H, H]}, softmax {"keys", "values":
-            [periods, run, B, S, K, H] in the compute dtype}.
+        layers: per layer a dict: lightning {"state": float32 [B, N, H, H]}, softmax {"keys", "values": [B, K, S, H] in
+            the compute dtype, heads before slots as the products read them}.
         slot_positions: int32 [B, S], position of the token in each slot.
         slot_segments: int32 [B, S], 1 where a slot is live, else 0.
         next_slot: int32 [], the slot that the next call writes first.
@@ -43,17 +43,13 @@ class Cache:
 def empty(config: ModelConfig, rows: int, slots: int) -> Cache:
     """A cache of zeros for `rows` sequences of at most `slots` tokens, padding included."""
     state_dtype = jnp.promote_types(config.dtype, jnp.float32)
-    layers = []
-    for kind, count in config.runs:
-        lead = (config.num_periods, count, rows)
-        if kind == "lightning":
-            shape = (*lead, config.num_heads, config.head_dim, config.head_dim)
-            layers.append({"state": jnp.zeros(shape, state_dtype)})
-        else:
-            shape = (*lead, slots, config.num_kv_heads, config.head_dim)
-            layers.append({"keys": jnp.zeros(shape, config.dtype), "values": jnp.zeros(shape, config.dtype)})
+    state, keys = (rows, config.num_heads, config.head_dim), (rows, config.num_kv_heads, slots, config.head_dim)
+    new = {
+        "lightning": lambda: {"state": jnp.zeros((*state, config.head_dim), state_dtype)},
+        "softmax": lambda: {name: jnp.zeros(keys, config.dtype) for name in ("keys", "values")},
+    }
     return Cache(
-        layers=tuple(layers),
+        layers=tuple(new[kind]() for kind in config.kinds),
         slot_positions=jnp.zeros((rows, slots), jnp.int32),
         slot_segments=jnp.zeros((rows, slots), jnp.int32),
         next_slot=jnp.zeros((), jnp.int32),
@@ -79,18 +75,11 @@ def claim_slots(cache: Cache, segment_ids_BT: jax.Array) -> tuple[Cache, jax.Arr
     ), positions_BT
 
 
-def write_slots(table_BS: jax.Array, new_BT: jax.Array, first_slot: jax.Array) -> jax.Array:
-    """`table_BS` [B, S, ...] with T columns from `first_slot` on replaced."""
-    return jax.lax.dynamic_update_slice_in_dim(table_BS, new_BT, first_slot, axis=1)
+def write_slots(table: jax.Array, new: jax.Array, first_slot: jax.Array, axis: int = 1) -> jax.Array:
+    """`table` with the slots from `first_slot` on replaced by `new` along their axis."""
+    return jax.lax.dynamic_update_slice_in_dim(table, new, first_slot, axis)
 
 
 def repeat_rows(cache: Cache, repeats: int) -> Cache:
     """Every row `repeats` times, consecutively: the responses to one prompt start from one prefill."""
-    again = lambda axis: lambda x: jnp.repeat(x, repeats, axis=axis)  # noqa: E731
-    return Cache(
-        layers=jax.tree.map(again(2), cache.layers),
-        slot_positions=again(0)(cache.slot_positions),
-        slot_segments=again(0)(cache.slot_segments),
-        next_slot=cache.next_slot,
-        lengths=again(0)(cache.lengths),
-    )
+    return jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=0) if x.ndim else x, cache)

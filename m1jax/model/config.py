@@ -45,6 +45,8 @@ class ModelConfig:
             head are at least float32 whatever this says.
         param_dtype: dtype of the stored parameters; router gates are at least float32.
         remat: "none", or "layer" to keep only each layer's input for the backward pass.
+        scan_layers: training scans over the layers of a kind: compile time does not grow with depth. False runs them
+            one after another, which is faster on a CPU. With a cache they always do.
         lightning_chunk: chunk length of the lightning recurrence in training and prefill.
         attention_block: block length of softmax attention.
         head_rows: tokens whose logits exist at the same time in training; 0 chooses as many as make 64 MiB.
@@ -78,6 +80,7 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    scan_layers: bool = True
     lightning_chunk: int = 128
     attention_block: int = 128
     head_rows: int = 0

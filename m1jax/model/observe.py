@@ -84,7 +84,7 @@ def observe(
         final_BTD=final_BTD,
         logits_BTV=logits(params, final_BTD, head_dtype),
         router_probabilities_LBTE=layers.get("router_probabilities_LME"),
-        states=None if cache is None else _states(cache, config),
+        states=None if cache is None else _states(cache),
     )
 
 
@@ -118,10 +118,7 @@ def _decode(params, config, tokens_BT, segment_ids_BT):
     return jnp.swapaxes(final_TBD, 0, 1), cache, layers
 
 
-def _states(cache: Cache, config: ModelConfig) -> jax.Array | None:
+def _states(cache: Cache) -> jax.Array | None:
     """The lightning states in order of layers."""
     kept = [layer["state"] for layer in cache.layers if "state" in layer]
-    if not kept:
-        return None
-    joined = jnp.concatenate(kept, axis=1)  # [periods, lightning layers of a period, B, N, H, H]
-    return joined.reshape(-1, *joined.shape[2:])
+    return jnp.stack(kept) if kept else None

@@ -14,10 +14,15 @@ the stack and the embedding is normalised before layer 0):
     v  = RMSNorm(a);   h' = alpha * v + beta * MLP(v)
 
 With `postnorm` False the residual is h and a: the pre-norm layer of Qwen2 and Llama.
+
+Parameters are stacked, so that training scans over equal layers and compiles one of them. With a cache the layers run
+one after another on their own slices: a scan would copy every weight and every cache at every decoded token.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any, overload
 
 import flax.linen as nn
@@ -37,7 +42,7 @@ from m1jax.types import Array, Params
 
 
 class Layer(nn.Module):
-    """One decoder layer of the given kind. Carry h_MD; per layer its slopes and its part of the cache."""
+    """One decoder layer of the given kind: h_MD, its slopes, its part of the cache or None, and what all layers share."""
 
     config: ModelConfig
     kind: str
@@ -68,16 +73,15 @@ class Period(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, h_MD, slopes_by_run, cache_by_run, context):
+    def __call__(self, h_MD, slopes_by_run, _, context):
         c = self.config
         layer = nn.remat(Layer, prevent_cse=False) if c.remat == "layer" else Layer
-        caches, routers = [], []
+        routers = []
         for i, (kind, count) in enumerate(c.runs):
             run = _scanned(layer, count, "layers")(c, kind, name=f"{i}_{kind}")
-            h_MD, (cache, router) = run(h_MD, slopes_by_run[i], cache_by_run[i], context)
-            caches.append(cache)
+            h_MD, (_, router) = run(h_MD, slopes_by_run[i], None, context)
             routers.append(router)
-        return h_MD, (tuple(caches), tuple(routers))
+        return h_MD, tuple(routers)
 
 
 class Decoder(nn.Module):
@@ -86,7 +90,7 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, context, cache_by_run):
+    def __call__(self, tokens_BT, context):
         c = self.config
         D, V, init = c.hidden_size, c.vocab_size, nn.initializers.normal(c.init_std)
         table_VD = parameter(self, "embedding", (V, D), ("vocab", "embed"), c.param_dtype, init)
@@ -95,8 +99,46 @@ class Decoder(nn.Module):
 
         h_MD = table_VD[tokens_BT.reshape(-1)].astype(c.dtype)
         periods = _scanned(Period, c.num_periods, "periods")(c, name="periods")
-        h_MD, (caches, routers) = periods(h_MD, _slopes_by_run(c), cache_by_run, context)
-        return RMSNorm(c, c.norm_eps, name="norm_final")(h_MD), caches, routers
+        h_MD, routers = periods(h_MD, _slopes_by_run(c), None, context)
+        return RMSNorm(c, c.norm_eps, name="norm_final")(h_MD), routers
+
+
+def _one_after_another(
+    params: Params, config: ModelConfig, tokens_BT: Array, context: Any, caches: Any, *, traced: bool
+) -> tuple[jax.Array, tuple[Any, ...], list[dict[str, jax.Array]]]:
+    """What `Decoder` computes, without a scan; `params` from `by_layer`, one cache and one router for each layer."""
+    h_MD = params["embedding"][tokens_BT.reshape(-1)].astype(config.dtype)
+    new_caches, routers = [], []
+    for i, kind in enumerate(config.kinds):
+        layer = partial(Layer(config, kind).apply, mutable=[TRACE] if traced else False)
+        if config.remat == "layer":
+            layer = jax.checkpoint(layer)
+        slopes_N = jnp.asarray(slopes(config.num_heads, i, config.num_layers)) if kind == "lightning" else None
+        result: Any = layer({"params": params["layers"][i]}, h_MD, slopes_N, caches[i], context)
+        (h_MD, (cache, router)), recorded = result if traced else (result, None)
+        new_caches.append(cache)
+        routers.append(router if recorded is None else _by_name(recorded[TRACE]))
+    hidden_MD = RMSNorm(config, config.norm_eps).apply({"params": params["norm_final"]}, h_MD)
+    return hidden_MD, tuple(new_caches), routers
+
+
+def by_layer(params: Params, config: ModelConfig) -> Params:
+    """`params` with "layers", the tree of every layer in order, in place of the stacked "periods".
+
+    `hidden_states` takes either. It copies every weight once, so a loop over tokens does it before it begins.
+    """
+    if "layers" in params:
+        return params
+    runs = []
+    for i, (kind, count) in enumerate(config.runs):
+        leaves, tree = jax.tree.flatten(params["periods"][f"{i}_{kind}"])
+        # A split, because the gradient of one is a concatenation, and that of slices a sum of padded arrays.
+        sizes = (1,) * (config.num_periods * count)
+        split = [jax.lax.split(x.reshape(-1, *x.shape[2:]), sizes) for x in leaves]
+        one_by_one = [tree.unflatten([x.reshape(x.shape[1:]) for x in layer]) for layer in zip(*split, strict=True)]
+        runs.append([one_by_one[p * count : (p + 1) * count] for p in range(config.num_periods)])
+    layers = tuple(layer for period in zip(*runs, strict=True) for run in period for layer in run)
+    return {**{name: x for name, x in params.items() if name != "periods"}, "layers": layers}
 
 
 def _scanned(module: Any, length: int, axis_name: str) -> Any:
@@ -129,8 +171,7 @@ def _slopes_by_run(config: ModelConfig) -> tuple[jax.Array | None, ...]:
 
 def _boxed_init(key: jax.Array, config: ModelConfig) -> Any:
     one_BT = jnp.ones((1, 1), jnp.int32)
-    context = (one_BT, one_BT, None)
-    return Decoder(config).init(key, one_BT, context, (None,) * len(config.runs))["params"]
+    return Decoder(config).init(key, one_BT, (one_BT, one_BT, None))["params"]
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
@@ -159,7 +200,7 @@ def hidden_states(params, config, tokens_BT, segment_ids_BT, cache=None):
     """Run the decoder up to the final norm.
 
     Args:
-        params: from `init`.
+        params: from `init`, or from `by_layer`.
         config: the same that made `params`.
         tokens_BT: int32 token ids.
         segment_ids_BT: int32, 0 on padding, else the packed segment's number. With a cache: 0 or 1.
@@ -176,31 +217,34 @@ def hidden_states(params, config, tokens_BT, segment_ids_BT, cache=None):
 def _run(params, config: ModelConfig, tokens_BT, segment_ids_BT, cache, *, traced: bool):
     """(hidden_MD, cache, per layer the router statistics or, traced, what the modules record), in order of layers."""
     if cache is None:
-        positions_BT = positions_in_segments(segment_ids_BT)
-        context, by_run = (positions_BT, segment_ids_BT, None), (None,) * len(config.runs)
+        context, caches = (positions_in_segments(segment_ids_BT), segment_ids_BT, None), (None,) * config.num_layers
     else:
         first_slot = cache.next_slot
         cache, positions_BT = cache_lib.claim_slots(cache, segment_ids_BT)
-        slots = (first_slot, cache.slot_positions, cache.slot_segments)
-        context, by_run = (positions_BT, segment_ids_BT, slots), cache.layers
-    result: Any = Decoder(config).apply(
-        {"params": params}, tokens_BT, context, by_run, mutable=[TRACE] if traced else False
+        context = positions_BT, segment_ids_BT, (first_slot, cache.slot_positions, cache.slot_segments)
+        caches = cache.layers
+    if cache is None and config.scan_layers and "layers" not in params:
+        result: Any = Decoder(config).apply(
+            {"params": params}, tokens_BT, context, mutable=[TRACE] if traced else False
+        )
+        (hidden_MD, routers), recorded = result if traced else (result, None)
+        if recorded is not None:
+            routers = [_by_name(recorded[TRACE]["periods"][f"{i}_{kind}"]) for i, (kind, _) in enumerate(config.runs)]
+        # Trees of [periods, run, ...] as one of [L, ...].
+        join = lambda *parts: jnp.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])  # noqa: E731
+        return hidden_MD, None, jax.tree.map(join, *routers)
+    hidden_MD, layers, routers = _one_after_another(
+        by_layer(params, config), config, tokens_BT, context, caches, traced=traced
     )
-    (hidden_MD, layers, routers), recorded = result if traced else (result, None)
     if cache is not None:
-        cache = Cache(layers, cache.slot_positions, cache.slot_segments, cache.next_slot, cache.lengths)
-    if recorded is not None:
-        routers = [
-            {"_L".join(name.rsplit("_", 1)): x for name, x in {**run, **run.get("mlp", {})}.items() if name != "mlp"}
-            for run in (recorded[TRACE]["periods"][f"{i}_{kind}"] for i, (kind, _) in enumerate(config.runs))
-        ]
-    return hidden_MD, cache, _in_order(routers)
+        cache = dataclasses.replace(cache, layers=layers)
+    return hidden_MD, cache, jax.tree.map(lambda *rows: jnp.stack(rows), *routers)
 
 
-def _in_order(runs: Any) -> Any:
-    """Trees of [periods, run, ...] as one of [L, ...], layers in their order."""
-    join = lambda *parts: jnp.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])  # noqa: E731
-    return jax.tree.map(join, *runs)
+def _by_name(recorded: Any) -> dict[str, jax.Array]:
+    """What the modules of a layer recorded, as `trace` names it."""
+    flat = {**recorded, **recorded.get("mlp", {})}
+    return {"_L".join(name.rsplit("_", 1)): x for name, x in flat.items() if name != "mlp"}
 
 
 def trace(

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from m1jax.errors import UserError
 from m1jax.model import cache as cache_lib
 from m1jax.model.config import ModelConfig
-from m1jax.model.transformer import head, hidden_states
+from m1jax.model.transformer import by_layer, head, hidden_states
 from m1jax.sharding import DATA
 from m1jax.types import ENDINGS, Params, Prompt, Rollout, Sampling
 
@@ -122,6 +122,7 @@ def sample(
     P, T = tokens_PT.shape
     B, S = P * responses, sampling.max_tokens
 
+    params = by_layer(params, config)  # here, not in every step
     cache = cache_lib.empty(config, P, T + S)
     hidden_MD, cache, _ = hidden_states(params, config, tokens_PT, segment_ids_PT, cache)
     last_P = jnp.maximum(segment_ids_PT.sum(axis=1) - 1, 0)

@@ -37,7 +37,7 @@ HUGGINGFACE = "huggingface"
 """Folder beside `checkpoints/` with what a Hugging Face folder has besides weights."""
 
 HOW_NOT_WHAT = (
-    "dtype", "param_dtype", "remat", "lightning_chunk", "attention_block", "head_rows", "init_std", "max_positions",
+    "dtype", "param_dtype", "remat", "scan_layers", "lightning_chunk", "attention_block", "head_rows", "init_std", "max_positions",
 )  # fmt: skip
 """Fields of ModelConfig that two configs of one network may differ in."""
 

@@ -96,7 +96,8 @@ def test_prefill_states_are_the_reference_models(params, numbers):
     tokens_BT = jnp.asarray(numbers["input_ids"])
     _, cache = logits(params, CONFIG, tokens_BT, jnp.ones_like(tokens_BT), cache_lib.empty(CONFIG, *tokens_BT.shape))
     states = numbers["states"]
-    np.testing.assert_allclose(cache.layers[0]["state"][0], states, rtol=0, atol=1e-5 * np.abs(states).max())
+    ours = np.stack([layer["state"] for layer in cache.layers if "state" in layer])
+    np.testing.assert_allclose(ours, states, rtol=0, atol=1e-5 * np.abs(states).max())
 
 
 def test_gradient_of_every_weight_is_the_reference_models(params, numbers):
@@ -177,15 +178,19 @@ def test_packed_segments_equal_separate_rows(params):
         start += len(row)
 
 
-def test_rematerialised_gradients_are_the_same(params):
+@pytest.mark.parametrize(
+    "how", [{"remat": "layer"}, {"scan_layers": False}, {"scan_layers": False, "remat": "layer"}], ids=str
+)
+def test_ways_to_compute_give_the_same_gradients(params, how):
     tokens_BT = jnp.asarray(np.random.default_rng(2).integers(1, 256, (2, 20)))
 
-    def gradient(remat):
-        config = dataclasses.replace(TINY, remat=remat)
+    def gradient(config):
         loss = lambda p: token_logprobs(p, config, tokens_BT, jnp.ones_like(tokens_BT))[0][:, 1:].mean()  # noqa: E731
         return jax.jit(jax.grad(loss))(params)
 
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-6), gradient("none"), gradient("layer"))
+    plain, other = gradient(TINY), gradient(dataclasses.replace(TINY, **how))
+    # Sums in another order: a few eps of float32 of the terms, which reach 3.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6), plain, other)
 
 
 def test_every_parameter_names_its_axes():

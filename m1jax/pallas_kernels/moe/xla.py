@@ -12,8 +12,10 @@ G is known beforehand, so shapes are static and no row is ever dropped. The orde
 slot of a row, the row of a slot), so rows move by gathers only, backward too: a scatter-add of rows is slow on CPU,
 and elsewhere adds in an order that may change.
 
-The loop goes over blocks, not a batched product over all of them: the activations of one block stay in cache, and
-gate and up are computed again in the backward pass sooner than kept (half the time of the batched form on CPU).
+The loop goes over the experts and, within, over the blocks that an expert really has: its weights are fetched once,
+the activations of one block stay in cache, and empty experts and unused blocks cost nothing. The forward pass keeps
+gate and up where a backward pass is to follow. A handful of tokens (a decode step) go through every expert instead:
+that reads each weight once, where it lies, and copying an expert's weights out takes longer than its products.
 """
 
 from functools import partial, reduce
@@ -22,71 +24,110 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+FEW_TOKENS = 16
+"""Up to this many tokens go through every expert, where there are no more than two experts to a row."""
+
+
+def expert_mlp(x_TD, expert_ids_TA, combine_weights_TA, *weights):
+    """Return y_TD; `api.expert_mlp` says what the arguments mean."""
+    few = x_TD.shape[0] <= FEW_TOKENS and weights[0].shape[0] <= 2 * expert_ids_TA.size
+    return (_through_every_expert if few else _in_blocks)(x_TD, expert_ids_TA, combine_weights_TA, *weights)
+
+
+def _through_every_expert(x_TD, expert_ids_TA, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD):
+    E, product = w_gate_EDF.shape[0], _product(x_TD)
+    # The experts are a batch of all three products: else XLA on CPU transposes the weights first.
+    x_ETD = jnp.broadcast_to(x_TD, (E, *x_TD.shape))
+    gate_ETF, up_ETF = (product("etd,edf->etf", x_ETD, w_EDF) for w_EDF in (w_gate_EDF, w_up_EDF))
+    out_ETD = product("etf,efd->etd", (jax.nn.silu(gate_ETF) * up_ETF).astype(x_TD.dtype), w_down_EFD)
+    selected_TAE = expert_ids_TA[:, :, None] == jnp.arange(E)
+    combine_TE = jnp.sum(jnp.where(selected_TAE, combine_weights_TA[:, :, None], 0), axis=1)
+    return jnp.einsum("te,etd->td", combine_TE, out_ETD).astype(x_TD.dtype)
+
+
+# -- blocks of rows, forward and backward ------------------------------------------------------------------------
+
 
 @jax.custom_vjp
-def expert_mlp(x_TD, expert_ids_TA, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD):
-    """Return y_TD; `api.expert_mlp` says what the arguments mean."""
-    return _forward(x_TD, expert_ids_TA, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD)[0]
+def _in_blocks(x_TD, expert_ids_TA, combine_weights_TA, *weights):
+    return _forward(x_TD, expert_ids_TA, combine_weights_TA, *weights, keep=False)[0]
 
 
-def _forward(x_TD, expert_ids_TA, combine_weights_TA, *weights):
+def _forward(x_TD, expert_ids_TA, combine_weights_TA, *weights, keep):
+    """(y_TD, the layout, gate_SF and up_SF if they are to be kept)."""
     layout, product = _layout(expert_ids_TA, weights[0].shape[0]), _product(x_TD)
 
-    def run(block):
-        rows_C, expert = block
-        w_gate_DF, w_up_DF, w_down_FD = (w[expert] for w in weights)
-        x_CD = _tokens(x_TD, rows_C, layout)
-        gate_CF, up_CF = product("cd,df->cf", x_CD, w_gate_DF), product("cd,df->cf", x_CD, w_up_DF)
-        return product("cf,fd->cd", (jax.nn.silu(gate_CF) * up_CF).astype(x_TD.dtype), w_down_FD)
+    def one_expert(slots, expert):
+        begin, end, w_gate_DF, w_up_DF, w_down_FD = expert
 
-    out_GCD = jax.lax.map(run, (layout.rows_GC, layout.expert_G))
-    return _sum_rows(out_GCD, layout, combine_weights_TA).astype(x_TD.dtype), layout
+        def block(g, slots):
+            x_CD = _tokens(x_TD, layout.rows_GC[g], layout)
+            gate_CF, up_CF = product("cd,df->cf", x_CD, w_gate_DF), product("cd,df->cf", x_CD, w_up_DF)
+            out_CD = product("cf,fd->cd", (jax.nn.silu(gate_CF) * up_CF).astype(x_TD.dtype), w_down_FD)
+            return [_put(all_SX, g, new_CX) for all_SX, new_CX in zip(slots, (out_CD, gate_CF, up_CF), strict=keep)]
+
+        return jax.lax.fori_loop(begin, end, block, slots), None
+
+    (D, F), S = weights[0].shape[1:], layout.rows_GC.size
+    slots = [jnp.zeros((S, width), _wide(x_TD)) for width in ((D, F, F) if keep else (D,))]
+    (out_SD, *kept), _ = jax.lax.scan(one_expert, slots, (layout.begin_E, layout.end_E, *weights))
+    return _sum_rows(out_SD, layout, combine_weights_TA).astype(x_TD.dtype), layout, kept
 
 
 def _fwd(*inputs):
-    y_TD, layout = _forward(*inputs)
-    return y_TD, (inputs, layout)
+    y_TD, layout, kept = _forward(*inputs, keep=True)
+    return y_TD, (inputs, layout, kept)
 
 
 def _bwd(saved, dy_TD):
-    (x_TD, _, combine_weights_TA, *weights), layout = saved
-    product = _product(x_TD)
+    (x_TD, _, combine_weights_TA, *weights), layout, (gate_SF, up_SF) = saved
+    product, C = _product(x_TD), layout.rows_GC.shape[1]
     combine_R = combine_weights_TA.reshape(-1)
 
-    def run(dweights, block):
-        rows_C, expert = block
-        w_gate_DF, w_up_DF, w_down_FD = (w[expert] for w in weights)
-        x_CD, dy_CD = _tokens(x_TD, rows_C, layout), _tokens(dy_TD, rows_C, layout)
-        combine_C1 = combine_R.at[rows_C, None].get(mode="fill", fill_value=0)
+    def one_expert(slots, expert):
+        begin, end, *own = expert
+        w_gate_DF, w_up_DF, w_down_FD = own
 
-        gate_CF, up_CF = product("cd,df->cf", x_CD, w_gate_DF), product("cd,df->cf", x_CD, w_up_DF)
-        sigmoid_CF = jax.nn.sigmoid(gate_CF)
-        silu_CF = gate_CF * sigmoid_CF
-        hidden_CF = silu_CF * up_CF
+        def block(g, sums):
+            dweights, (dx_SD, dcombine_S) = sums
+            rows_C = layout.rows_GC[g]
+            x_CD, dy_CD = _tokens(x_TD, rows_C, layout), _tokens(dy_TD, rows_C, layout)
+            combine_C1 = combine_R.at[rows_C, None].get(mode="fill", fill_value=0)
+            gate_CF, up_CF = (jax.lax.dynamic_slice_in_dim(x_SF, g * C, C) for x_SF in (gate_SF, up_SF))
+            sigmoid_CF = jax.nn.sigmoid(gate_CF)
+            silu_CF = gate_CF * sigmoid_CF
+            hidden_CF = silu_CF * up_CF
 
-        # The combine weight scales the output, so its gradient is <dy, hidden W_down> = <dy W_down^T, hidden>.
-        dout_CF = product("cd,fd->cf", dy_CD, w_down_FD)
-        dcombine_C = jnp.sum(dout_CF * hidden_CF, axis=1)
-        dhidden_CF = combine_C1 * dout_CF
-        dup_CF = (dhidden_CF * silu_CF).astype(x_TD.dtype)
-        dgate_CF = (dhidden_CF * up_CF * (sigmoid_CF + silu_CF * (1 - sigmoid_CF))).astype(x_TD.dtype)
-        dx_CD = product("cf,df->cd", dgate_CF, w_gate_DF) + product("cf,df->cd", dup_CF, w_up_DF)
-        added = (
-            product("cd,cf->df", x_CD, dgate_CF),
-            product("cd,cf->df", x_CD, dup_CF),
-            product("cf,cd->fd", (combine_C1 * hidden_CF).astype(x_TD.dtype), dy_CD),
-        )
-        dweights = [dw.at[expert].add(more) for dw, more in zip(dweights, added, strict=True)]
-        return dweights, (dx_CD, dcombine_C)
+            # The combine weight scales the output, so its gradient is <dy, hidden W_down> = <dy W_down^T, hidden>.
+            dout_CF = product("cd,fd->cf", dy_CD, w_down_FD)
+            dcombine_C = jnp.sum(dout_CF * hidden_CF, axis=1)
+            dhidden_CF = combine_C1 * dout_CF
+            dup_CF = (dhidden_CF * silu_CF).astype(x_TD.dtype)
+            dgate_CF = (dhidden_CF * up_CF * (sigmoid_CF + silu_CF * (1 - sigmoid_CF))).astype(x_TD.dtype)
+            dx_CD = product("cf,df->cd", dgate_CF, w_gate_DF) + product("cf,df->cd", dup_CF, w_up_DF)
+            added = (
+                product("cd,cf->df", x_CD, dgate_CF),
+                product("cd,cf->df", x_CD, dup_CF),
+                product("cf,cd->fd", (combine_C1 * hidden_CF).astype(x_TD.dtype), dy_CD),
+            )
+            return jax.tree.map(jnp.add, dweights, added), (_put(dx_SD, g, dx_CD), _put(dcombine_S, g, dcombine_C))
 
-    zeros = [jnp.zeros(w.shape, _wide(x_TD)) for w in weights]
-    dweights, (dx_GCD, dcombine_GC) = jax.lax.scan(run, zeros, (layout.rows_GC, layout.expert_G))
-    dx_TD = _sum_rows(dx_GCD, layout).astype(x_TD.dtype)
-    dcombine_TA = dcombine_GC.reshape(-1)[layout.slot_TA].astype(combine_weights_TA.dtype)
-    return dx_TD, None, dcombine_TA, *(dw.astype(w.dtype) for dw, w in zip(dweights, weights, strict=True))
+        zeros = tuple(jnp.zeros(w.shape, _wide(x_TD)) for w in own)
+        dweights, slots = jax.lax.fori_loop(begin, end, block, (zeros, slots))
+        return slots, tuple(dw.astype(w.dtype) for dw, w in zip(dweights, own, strict=True))
+
+    slots = jnp.zeros((layout.rows_GC.size, x_TD.shape[1]), _wide(x_TD)), jnp.zeros(layout.rows_GC.size, _wide(x_TD))
+    (dx_SD, dcombine_S), dweights = jax.lax.scan(one_expert, slots, (layout.begin_E, layout.end_E, *weights))
+    dx_TD = _sum_rows(dx_SD, layout).astype(x_TD.dtype)
+    return dx_TD, None, dcombine_S[layout.slot_TA].astype(combine_weights_TA.dtype), *dweights
 
 
-expert_mlp.defvjp(_fwd, _bwd)
+_in_blocks.defvjp(_fwd, _bwd)
+
+
+def _put(all_SX, g, new_CX):
+    """Return all_SX with block g replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(all_SX, new_CX.astype(all_SX.dtype), g * new_CX.shape[0], axis=0)
 
 
 class _Layout(NamedTuple):
@@ -94,7 +135,8 @@ class _Layout(NamedTuple):
 
     slot_TA: jax.Array  # [T, A], index of the row's slot among all G C
     rows_GC: jax.Array  # [G, C], index t A + a of the slot's row; R in an empty slot, which no array of rows has
-    expert_G: jax.Array  # [G], expert of each block
+    begin_E: jax.Array  # [E], first block of each expert
+    end_E: jax.Array  # [E], the block behind its last
 
 
 def _layout(expert_ids_TA, num_experts):
@@ -109,8 +151,7 @@ def _layout(expert_ids_TA, num_experts):
     ends_E = jnp.cumsum(blocks_E)
     slot_R = jnp.sum(jnp.where(mine_RE, (ends_E - blocks_E) * C + counted_RE - 1, 0), axis=1)
     rows_S = jnp.full(G * C, R, jnp.int32).at[slot_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
-    expert_G = jnp.sum(jnp.arange(G)[:, None] >= ends_E, axis=1)  # E behind the last block: empty, any weights do
-    return _Layout(slot_R.reshape(T, A), rows_S.reshape(G, C), jnp.minimum(expert_G, E - 1))
+    return _Layout(slot_R.reshape(T, A), rows_S.reshape(G, C), ends_E - blocks_E, ends_E)
 
 
 def _block_size(num_rows, num_experts):
@@ -127,9 +168,8 @@ def _tokens(x_TD, rows_C, layout):
     return x_TD.at[rows_C // layout.slot_TA.shape[1]].get(mode="fill", fill_value=0)
 
 
-def _sum_rows(slots_GCD, layout, combine_weights_TA=None):
+def _sum_rows(slots_SD, layout, combine_weights_TA=None):
     """Return [T, D], the (weighted) sum of each token's A slots, always added in the same order."""
-    slots_SD = slots_GCD.reshape(-1, slots_GCD.shape[2])
     # One gather per a: XLA on CPU runs a gather of [T, A, D] and its sum four times slower.
     rows = [slots_SD.at[slot_T].get(mode="promise_in_bounds") for slot_T in layout.slot_TA.T]
     if combine_weights_TA is not None:
