@@ -54,5 +54,6 @@ class SoftmaxAttention(nn.Module):
             q_BTNH, k_BSKH, v_BSKH,
             q_positions_BT=positions_BT, k_positions_BS=k_positions_BS,
             q_segment_ids_BT=segment_ids_BT, k_segment_ids_BS=k_segments_BS, block=c.attention_block,
+            in_order=cache is None,
         )  # fmt: skip
         return o_BTNH.reshape(B * T, N * H) @ w_out.reshape(-1, D), cache

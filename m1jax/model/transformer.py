@@ -42,7 +42,7 @@ from m1jax.types import Array, Params
 
 
 class Layer(nn.Module):
-    """One decoder layer of the given kind: h_MD, its slopes, its part of the cache or None, and what all layers share."""
+    """One decoder layer of the given kind: h_MD, its slopes, its part of the cache or None, what all layers share."""
 
     config: ModelConfig
     kind: str

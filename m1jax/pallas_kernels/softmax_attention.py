@@ -19,6 +19,7 @@ def softmax_attention(
     q_segment_ids_BT: jax.Array,
     k_segment_ids_BS: jax.Array,
     block: int = 128,
+    in_order: bool = False,
 ) -> jax.Array:
     """Return softmax(q k^T / sqrt(H)) v over the keys that each query may see.
 
@@ -34,6 +35,8 @@ def softmax_attention(
         q_positions_BT, k_positions_BS: int32, position of each token in its own sequence.
         q_segment_ids_BT, k_segment_ids_BS: int32, 0 for padding and unwritten cache, else the segment.
         block: queries whose scores exist at once; up to this many there is no loop.
+        in_order: key s is the token of query s, and no query sees a later one; keys that nobody of a stretch of queries
+            can see are then left out.
 
     Returns:
         o_BTNH in the dtype of q; scores and softmax are float32 (float64 for float64 inputs).
@@ -55,17 +58,31 @@ def softmax_attention(
     if N % K:
         raise ValueError(f"{N} query heads must be divisible by {K} key/value heads")
 
-    attend = partial(_attend, k_BSKH, v_BSKH, k_positions_BS, k_segment_ids_BS)
+    keys = k_BSKH, v_BSKH, k_positions_BS, k_segment_ids_BS
     queries = q_BTNH, q_positions_BT, q_segment_ids_BT
     if block >= T:
-        return attend(queries)
+        return _attend(*keys, queries)
+
+    # Stretches of whole blocks, each with the keys up to its end: 4 compute 5/8 of all scores, more save little.
+    stretch = -(-T // (4 * block)) * block if in_order else T
+    outputs = []
+    for start in range(0, T, stretch):
+        here = jax.tree.map(lambda x: x[:, start : start + stretch], queries)  # noqa: B023
+        before = jax.tree.map(lambda x: x[:, : start + stretch], keys) if in_order else keys  # noqa: B023
+        outputs.append(_by_blocks(before, here, block))
+    return jnp.concatenate(outputs, axis=1)
+
+
+def _by_blocks(keys, queries, block):
+    """o_BTNH of all queries, one block after the other."""
+    B, T, N, H = queries[0].shape
 
     def cut(x):
         x = jnp.pad(x, [(0, 0), (0, -T % block)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0)
 
     # Without the checkpoint the backward pass would keep the scores of every block: the whole [T, S] again.
-    o = jax.lax.map(jax.checkpoint(attend), jax.tree.map(cut, queries))
+    o = jax.lax.map(jax.checkpoint(partial(_attend, *keys)), jax.tree.map(cut, queries))
     return jnp.moveaxis(o, 0, 1).reshape(B, -1, N, H)[:, :T]
 
 
@@ -89,8 +106,9 @@ def _attend(k_BSKH, v_BSKH, k_positions_BS, k_segment_ids_BS, queries):
         & (k_positions_BS[:, None] <= q_positions_BT[:, :, None])
     )
     q_BKXH = jnp.einsum("btkgh->bkgth", q_BTNH.reshape(B, T, K, N // K, H)).reshape(B, K, -1, H)
-    k_BKSH, v_BKSH = (jnp.einsum("bskh->bksh", x) for x in (k_BSKH, v_BSKH))
-    scores_BKXS = jnp.einsum("bkxh,bksh->bkxs", q_BKXH, k_BKSH, preferred_element_type=wide) * H**-0.5
+    # Keys as [H, S]: their gradient then comes out of a product in that order, five times as fast on CPU.
+    k_BKHS, v_BKSH = jnp.einsum("bskh->bkhs", k_BSKH), jnp.einsum("bskh->bksh", v_BSKH)
+    scores_BKXS = jnp.einsum("bkxh,bkhs->bkxs", q_BKXH, k_BKHS, preferred_element_type=wide) * H**-0.5
     scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKXS.reshape(B, K, N // K, T, S), MASKED)
     top_BKGT1 = jax.lax.stop_gradient(jnp.maximum(scores_BKGTS.max(-1, keepdims=True), LOWEST_TOP))
     exp_BKXS = jnp.exp(scores_BKGTS - top_BKGT1).reshape(B, K, -1, S)

@@ -26,7 +26,7 @@ from m1jax.train.leaf_store import StoredLeaves
 from m1jax.types import Params
 from m1jax.weights.gguf import find_smollm2, read_gguf
 from m1jax.weights.hf_config import from_hf
-from m1jax.weights.hf_folder import CONFIG, HFFolder, Source, hf_bytes, read_json, with_dtype
+from m1jax.weights.hf_folder import CONFIG, HFFolder, Source, hf_bytes, read_json, what_is_missing, with_dtype
 from m1jax.weights.hf_names import hf_tensors
 from m1jax.weights.load import load_params
 
@@ -37,7 +37,8 @@ HUGGINGFACE = "huggingface"
 """Folder beside `checkpoints/` with what a Hugging Face folder has besides weights."""
 
 HOW_NOT_WHAT = (
-    "dtype", "param_dtype", "remat", "scan_layers", "lightning_chunk", "attention_block", "head_rows", "init_std", "max_positions",
+    "dtype", "param_dtype", "remat", "scan_layers", "lightning_chunk", "attention_block", "head_rows", "init_std",
+    "max_positions",
 )  # fmt: skip
 """Fields of ModelConfig that two configs of one network may differ in."""
 
@@ -127,6 +128,8 @@ def find_pretrained(path: str | Path, dtype: str = "", log: Callable[[str], None
         raise UserError(
             f"{path}: no such folder; give a Hugging Face folder, a .gguf file, a run folder or a checkpoint"
         )
+    if fault := what_is_missing(path):
+        raise UserError(fault)
     return _of_checkpoint(path, newest_checkpoint(path, log))
 
 

@@ -2,9 +2,10 @@
 
 Our side imports a recorded model, keeps it as a checkpoint, exports that and computes float32 logits from the
 checkpoint. It exports twice: with the config.json that came with the weights, and with one that is written anew, as
-for a model that was trained here. The other side reads the exported folder with `AutoModelForCausalLM.from_pretrained` in float32, in a
-process of its own: by this Python where it has torch and transformers, else by the one that M1JAX_PEER_PYTHON names
-(`python -m venv PEER && PEER/bin/pip install torch transformers`; tried with torch 2.13 and transformers 5.24).
+for a model that was trained here. The other side reads the exported folder with
+`AutoModelForCausalLM.from_pretrained` in float32, in a process of its own: by this Python where it has torch and
+transformers, else by the one that M1JAX_PEER_PYTHON names (`python -m venv PEER && PEER/bin/pip install torch
+transformers`; tried with torch 2.13 and transformers 5.24).
 Without either the test is skipped.
 
 Qwen2 and Llama are loaded as they are. MiniMax-M1 needs help on the other side, because the class `MiniMax` of
@@ -81,7 +82,8 @@ def load(folder):
 for folder in sys.argv[1:]:
     model, info = load(folder)
     # What follows from the config is no weight: the decays, and a head that is the embedding.
-    made = r"slope_rate|query_decay|key_decay|diagonal_decay|" + ("lm_head" if model.config.tie_word_embeddings else "!")
+    made = r"slope_rate|query_decay|key_decay|diagonal_decay|"
+    made += "lm_head" if model.config.tie_word_embeddings else "!"
     odd = [n for n in info["missing_keys"] if not re.search(made, n)] + sorted(info["unexpected_keys"])
     assert not odd and not info["mismatched_keys"], (folder, odd, info["mismatched_keys"])
     ids = torch.from_numpy(np.load(f"{folder}/ids.npy").astype(np.int64))
