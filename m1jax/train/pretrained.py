@@ -4,7 +4,7 @@
     params = model.load()                       # in the dtype that is stored; model.config says which
     tokenizer = load_tokenizer(model.tokenizer)
 
-Finding reads headers and meta data only.
+Finding reads headers and meta data; of a checkpoint it also reads the files once, to check them.
 """
 
 from __future__ import annotations
