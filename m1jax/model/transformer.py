@@ -107,7 +107,7 @@ def _one_after_another(
     params: Params, config: ModelConfig, tokens_BT: Array, context: Any, caches: Any, *, traced: bool
 ) -> tuple[jax.Array, tuple[Any, ...], list[dict[str, jax.Array]]]:
     """What `Decoder` computes, without a scan; `params` from `by_layer`, one cache and one router for each layer."""
-    h_MD = params["embedding"][tokens_BT.reshape(-1)].astype(config.dtype)
+    h_MD: Any = params["embedding"][tokens_BT.reshape(-1)].astype(config.dtype)
     new_caches, routers = [], []
     for i, kind in enumerate(config.kinds):
         layer = partial(Layer(config, kind).apply, mutable=[TRACE] if traced else False)
@@ -118,7 +118,7 @@ def _one_after_another(
         (h_MD, (cache, router)), recorded = result if traced else (result, None)
         new_caches.append(cache)
         routers.append(router if recorded is None else _by_name(recorded[TRACE]))
-    hidden_MD = RMSNorm(config, config.norm_eps).apply({"params": params["norm_final"]}, h_MD)
+    hidden_MD: Any = RMSNorm(config, config.norm_eps).apply({"params": params["norm_final"]}, h_MD)
     return hidden_MD, tuple(new_caches), routers
 
 

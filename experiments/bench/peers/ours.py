@@ -6,6 +6,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -53,7 +54,7 @@ def dense_config(shape: Dense) -> ModelConfig:
         vocab_size=shape.vocab, num_layers=shape.layers, hidden_size=shape.hidden, num_heads=shape.heads,
         num_kv_heads=shape.kv_heads, head_dim=shape.head_dim, rotary_dim=shape.head_dim, num_experts=0,
         experts_per_token=0, expert_dim=shape.mlp_dim, lightning_alpha=1.0, softmax_alpha=1.0, mlp_alpha=1.0,
-        layer_pattern=("softmax",), postnorm=False, qkv_bias=True, rope_theta=1e4, norm_eps=1e-6,
+        layer_pattern=("softmax",), postnorm=False, qkv_bias=True, rope_theta=1e4, norm_eps=1e-6, scan_layers=False,
     )  # fmt: skip
 
 
@@ -66,9 +67,9 @@ def count(params: Params) -> int:
     return sum(x.size for x in jax.tree.leaves(params))
 
 
-def passes(work: Pass, mesh: Mesh | None) -> Callable[[], Any]:
+def passes(work: Pass, scan_layers: bool, mesh: Mesh | None) -> Callable[[], Any]:
     """Token log-probabilities, or mean cross entropy and its gradient; the rows dealt out over a mesh, or whole."""
-    config, params = hybrid_config(work.model), parameters(work.model)
+    config, params = replace(hybrid_config(work.model), scan_layers=scan_layers), parameters(work.model)
     tokens_BT = jax.random.randint(jax.random.key(1), (work.rows, work.tokens), 0, work.model.vocab)
     segment_ids_BT = jnp.ones_like(tokens_BT)
 
@@ -179,9 +180,14 @@ def prepare(name: str, smoke: bool, folder: Path) -> Prepared:
     if isinstance(work, Decode):
         run, setting = decode(work, mesh), f"rows over {mesh.size} device(s)"
     else:
-        runs = {"whole rows on one device": passes(work, None)}
+        meshes: dict[str, Mesh | None] = {"whole rows on one device": None}
         if mesh.size > 1 and work.rows % mesh.size == 0:
-            runs[f"rows over {mesh.size} devices"] = passes(work, mesh)
+            meshes[f"rows over {mesh.size} devices"] = mesh
+        runs = {
+            f"{where}, scan_layers={scan}": passes(work, scan, mesh)
+            for where, mesh in meshes.items()
+            for scan in (True, False)
+        }
         setting = fastest(runs)
         run = runs[setting]
     return Prepared(run, {"parameters": count(parameters(work.model)), "setting": setting})
