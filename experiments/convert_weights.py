@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +32,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--to", metavar="FOLDER", default="")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="", help="convert all but router gates")
     parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--max_positions", type=int, help="of an export: max_position_embeddings [the model's]")
     parser.add_argument("--model", default="", help="with --dry_run alone: which of configs/models.py [m1]")
     arguments = parser.parse_args(argv)
+    if arguments.max_positions is not None and arguments.max_positions < 1:
+        raise UserError(f"--max_positions: {arguments.max_positions} must be at least 1")
     if arguments.dry_run:
+        for flag, value in (("--to", arguments.to), ("--max_positions", arguments.max_positions)):
+            if value:
+                raise UserError(f"{flag}: not together with --dry_run, which writes nothing; leave one of them out")
         return dry_run(arguments.source, arguments.model, arguments.dtype)
     if arguments.model:
         raise UserError("--model: only with --dry_run; the source says what it is")
@@ -42,13 +49,20 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{flag} is missing; --help shows the forms")
     from m1jax.train.convert import convert
 
-    target = convert(arguments.source, arguments.to, arguments.dtype, progress=progress_bar)
+    source, to, dtype = arguments.source, arguments.to, arguments.dtype
+    try:
+        target = convert(source, to, dtype, progress=progress_bar, max_positions=arguments.max_positions)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        from tqdm import tqdm
+
+        tqdm.write("stopped, nothing written", file=sys.stderr)  # not into the bar
+        raise SystemExit(stop.code if isinstance(stop, SystemExit) else 130) from None
     print(f"written: {target}")
 
 
 def dry_run(source: str, name: str, dtype: str) -> None:
     """Print what the tensors of a folder, or of a named model, have to be; UserError where the folder's are not."""
-    from m1jax.weights.hf_folder import INDEX, HFFolder, check_index, hf_bytes
+    from m1jax.weights.hf_folder import INDEX, HFFolder, check_index, hf_bytes, with_dtype
     from m1jax.weights.hf_names import hf_tensors
 
     if source and name:
@@ -56,12 +70,16 @@ def dry_run(source: str, name: str, dtype: str) -> None:
     folder = Path(source)
     if not source:
         config = cli.named_model(name or "m1")
+        config = with_dtype(config, dtype) if dtype else config
         checked = [f"the tensors of configs/models.py {name or 'm1'}"]
     elif any(folder.glob("*.safetensors")) or not (folder / INDEX).is_file():
-        config = HFFolder(folder, dtype).config
+        found = HFFolder(folder, dtype)
+        config = found.config
+        for note in found.notes:
+            print(note)
         checked = ["config.json", "the header of every shard"]
     else:
-        config, checked = check_index(folder)
+        config, checked = check_index(folder, dtype)
         checked.insert(0, "config.json")
     tensors = hf_tensors(config)
     for line in table(config):

@@ -1,8 +1,8 @@
 """config.json of Hugging Face folders as our ModelConfig and back: MiniMax-M1 / Text-01, Qwen2, Llama.
 
 Reading is strict, because a key that is dropped builds another network without a word: every key of the file must be
-known here, the ones that shape the network must be there, and two that say the same thing must agree. All complaints
-come in one line.
+known here and hold what belongs there, the ones that shape the network must be there, and two that say the same thing
+must agree. All complaints come in one line.
 
 Two spellings of MiniMax exist: the released one (`attn_type_list`, `layernorm_*_alpha`, `rotary_dim`, `postnorm`) and
 that of Transformers' own class (`layer_types`, `*_alpha_factor`). Either is read, a mixture is refused, and the
@@ -13,10 +13,46 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from m1jax.errors import UserError
 from m1jax.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a key may hold: in words, as a test that is safe for any JSON value, and as what it is handed on."""
+
+    told: str
+    holds: Callable[[Any], bool]
+    cast: Callable[[Any], Any] = lambda value: value
+
+
+def _integer(value: Any, low: int) -> bool:
+    return type(value) is int and low <= value < 1 << 53  # True is no number here
+
+
+def _number(value: Any, low: float = -1e300) -> bool:
+    return type(value) in (int, float) and low < value < 1e300  # so neither NaN nor what no float holds
+
+
+def _each(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(test, value))
+
+
+SIZE = _Kind("an integer of at least 1", lambda value: _integer(value, 1))
+COUNT = _Kind("an integer of at least 0", lambda value: _integer(value, 0))
+NUMBER = _Kind("a finite number", _number, float)
+POSITIVE = _Kind("a finite number above 0", lambda value: _number(value, 0), float)
+FRACTION = _Kind("a number above 0 and at most 1", lambda value: _number(value, 0) and value <= 1)
+FLAG = _Kind("true or false", lambda value: isinstance(value, bool))
+OBJECT = _Kind("an object with keys", lambda value: isinstance(value, dict))
+SIZES_OF_LAYERS = _Kind(
+    f"{SIZE.told} or a list of such", lambda value: SIZE.holds(value) or value != [] and _each(SIZE.holds)(value)
+)
+INTEGERS = _Kind("a list of integers", _each(lambda item: type(item) is int))
+STRINGS = _Kind("a list of strings", _each(lambda item: isinstance(item, str)))
 
 MINIMAX, QWEN2, LLAMA = "minimax", "qwen2", "llama"
 MODEL_TYPES = {
@@ -24,6 +60,9 @@ MODEL_TYPES = {
     "minimax": MINIMAX, "qwen2": QWEN2, "llama": LLAMA,
 }  # fmt: skip
 """`model_type` of the file -> family. The released MiniMax code and its config.json differ in the spelling."""
+
+_CLASSES = {name.lower().replace("_", "") + "forcausallm": family for name, family in MODEL_TYPES.items()}
+"""Class in `architectures`, in lower case -> family."""
 
 KIND_OF_TYPE = {0: "lightning", 1: "softmax"}
 KIND_OF_NAME = {"linear_attention": "lightning", "full_attention": "softmax"}
@@ -43,8 +82,8 @@ TRANSFORMERS = {
 SIZES = {
     "vocab_size": "vocab_size", "num_layers": "num_hidden_layers", "hidden_size": "hidden_size",
     "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "expert_dim": "intermediate_size",
-    "norm_eps": "rms_norm_eps", "max_positions": "max_position_embeddings",
 }  # fmt: skip
+NORM_EPS, MAX_POSITIONS = "rms_norm_eps", "max_position_embeddings"
 EXPERTS = {"num_experts": "num_local_experts", "experts_per_token": "num_experts_per_tok"}
 
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -81,10 +120,15 @@ def from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfi
     if family is None:
         known = ", ".join(MODEL_TYPES)
         raise UserError(f"{where}: model_type {values.get('model_type')!r} is not one of {known}")
-    fields: dict[str, Any] = {field: reader.need(key) for field, key in SIZES.items()}
-    fields["init_std"] = reader.take("initializer_range", 0.02)
-    fields["tied_embeddings"] = reader.take("tie_word_embeddings", False)
-    fields |= _minimax(reader) if family == MINIMAX else _dense(reader, family)
+    fields: dict[str, Any] = {field: reader.need(key, SIZE) for field, key in SIZES.items()}
+    fields["norm_eps"] = reader.need(NORM_EPS, POSITIVE)
+    fields["max_positions"] = reader.take(MAX_POSITIONS, COUNT, 0)
+    fields["init_std"] = reader.take("initializer_range", NUMBER, 0.02)
+    fields["tied_embeddings"] = reader.take("tie_word_embeddings", FLAG, False)
+    for name in reader.take("architectures", STRINGS, []):
+        if _CLASSES.get(name.lower()) != family:
+            reader.problems.append(f"contradiction: architectures says {name}, model_type says {values['model_type']}")
+    fields |= _minimax(reader, fields) if family == MINIMAX else _dense(reader, fields, family)
     reader.check_fixed(family)
     reader.check_unknown()
     if not reader.problems:
@@ -97,6 +141,9 @@ def from_hf(values: Mapping[str, Any], where: str = "config.json") -> ModelConfi
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """The keys of a config.json for this decoder, in the released spelling.
+
+    A decoder without a bound on positions (max_positions 0) gets no `max_position_embeddings`: a server would take 0
+    for the limit. Without the key it chooses a limit of its own.
 
     Raises:
         UserError: no released family has this form.
@@ -117,6 +164,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "architectures": [classes[family]],
         "model_type": {MINIMAX: "minimax_m1"}.get(family, family),
         **{key: getattr(config, field) for field, key in SIZES.items()},
+        NORM_EPS: config.norm_eps,
+        **({MAX_POSITIONS: config.max_positions} if config.max_positions else {}),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "rope_theta": config.rope_theta,
@@ -148,38 +197,48 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 class _Reader:
     """Keys of a config.json on their way out: what was read, and what there is to complain about."""
 
-    def __init__(self, values: Mapping[str, Any]):
-        self.values, self.read, self.problems = dict(values), set(), []
+    def __init__(self, values: Mapping[str, Any], prefix: str = "", problems: list[str] | None = None):
+        self.values, self.prefix, self.read = dict(values), prefix, set()
+        self.problems: list[str] = [] if problems is None else problems
 
     def __contains__(self, key: str) -> bool:
         return key in self.values
 
-    def take(self, key: str, default: Any = None) -> Any:
+    def take(self, key: str, kind: _Kind, default: Any = None) -> Any:
+        """The value of a key; `default` where it is null, not there, or (which is told) no `kind`."""
         self.read.add(key)
-        return self.values.get(key, default)
-
-    def need(self, key: str) -> Any:
-        """The value of a key that shapes the network; without it a default would build another one."""
-        value = self.take(key)
+        value = self.values.get(key)
         if value is None:
-            self.problems.append(f"{key} is missing")
-        return value
+            return default
+        if not kind.holds(value):
+            self.problems.append(f"{self.prefix}{key} is {value!r:.80}; it must be {kind.told}")
+            return default
+        return kind.cast(value)
+
+    def need(self, key: str, kind: _Kind) -> Any:
+        """The value of a key that shapes the network; without it a default would build another one."""
+        if self.values.get(key) is None:
+            self.problems.append(f"{self.prefix}{key} is missing")
+        return self.take(key, kind)
 
     def agree(self, options: Mapping[str, Any]) -> Any:
         """The one value that all the spellings of it which are there give."""
         given = {name: value for name, value in options.items() if value is not None}
         if len(set(given.values())) > 1:
             self.problems.append("contradiction: " + ", ".join(f"{k} says {v}" for k, v in given.items()))
-        if not given:
+        if not given and not any(problem.startswith(tuple(options)) for problem in self.problems):
             self.problems.append(f"{' or '.join(options)} is missing")
         return next(iter(given.values()), None)
 
     def check_fixed(self, family: str) -> None:
         for key, allowed in FIXED.items():
-            if key in self.values and self.take(key) not in allowed:
-                self.problems.append(f"{key} is {self.values[key]!r}; only {allowed[0]!r} is implemented")
-        if self.take("sliding_window") is not None and (family != QWEN2 or self.values.get("use_sliding_window")):
-            self.problems.append(f"sliding_window is {self.values['sliding_window']!r}; only null is implemented")
+            self.read.add(key)
+            if key in self.values and self.values[key] not in allowed:
+                self.problems.append(f"{key} is {self.values[key]!r:.80}; only {allowed[0]!r} is implemented")
+        self.read.add("sliding_window")
+        window = self.values.get("sliding_window")
+        if window is not None and (family != QWEN2 or self.values.get("use_sliding_window")):
+            self.problems.append(f"sliding_window is {window!r:.80}; only null is implemented")
 
     def check_unknown(self) -> None:
         known = self.read | WITHOUT_EFFECT
@@ -189,36 +248,32 @@ class _Reader:
                 self.problems.append(f"{key}: unknown key" + (f", did you mean {near[0]}?" if near else ""))
 
 
-def _rotary(reader: _Reader, head_dim: int | None, partial: bool) -> dict[str, Any]:
-    """rope_theta and rotary_dim, which newer files keep inside `rope_parameters`."""
-    inside = reader.take("rope_parameters") or {}
-    if (kind := inside.get("rope_type", "default")) != "default":
-        reader.problems.append(f"rope_parameters.rope_type is {kind!r}; only 'default' is implemented")
-    if odd := set(inside) - {"rope_type", "rope_theta", "partial_rotary_factor", "rotary_dim"}:
+def _rotary(reader: _Reader, head_dim: int | None, whole: bool) -> dict[str, Any]:
+    """rope_theta and rotary_dim, which newer files keep inside `rope_parameters`; `whole` heads turn in some models."""
+    inside = _Reader(reader.take("rope_parameters", OBJECT, {}), "rope_parameters.", reader.problems)
+    if (kind := inside.values.get("rope_type", "default")) != "default":
+        reader.problems.append(f"rope_parameters.rope_type is {kind!r:.80}; only 'default' is implemented")
+    thetas: dict[str, float | None] = {}
+    widths: dict[str, int | None] = {"head_dim": head_dim} if whole else {}
+    for place in (reader, inside):
+        thetas[f"{place.prefix}rope_theta"] = place.take("rope_theta", POSITIVE)
+        widths[f"{place.prefix}rotary_dim"] = place.take("rotary_dim", COUNT)
+        factor = place.take("partial_rotary_factor", FRACTION)
+        widths[f"{place.prefix}partial_rotary_factor"] = factor and head_dim and round(factor * head_dim)
+    if odd := set(inside.values) - inside.read - {"rope_type"}:
         reader.problems.append(f"rope_parameters: unknown keys {', '.join(sorted(odd))}")
-    theta = reader.agree(
-        {"rope_theta": reader.take("rope_theta"), "rope_parameters.rope_theta": inside.get("rope_theta")}
-    )
-    if not partial:
-        return {"rope_theta": theta and float(theta), "rotary_dim": head_dim}
-    width: Callable[[Any], Any] = lambda factor: None if factor is None or not head_dim else round(factor * head_dim)  # noqa: E731
-    rotary = reader.agree({
-        "rotary_dim": reader.take("rotary_dim"),
-        "partial_rotary_factor": width(reader.take("partial_rotary_factor")),
-        "rope_parameters.partial_rotary_factor": width(inside.get("partial_rotary_factor")),
-    })  # fmt: skip
-    return {"rope_theta": theta and float(theta), "rotary_dim": rotary}
+    return {"rope_theta": reader.agree(thetas), "rotary_dim": reader.agree(widths)}
 
 
-def _minimax(reader: _Reader) -> dict[str, Any]:
-    head_dim = reader.need("head_dim")
-    fields = {field: reader.need(key) for field, key in EXPERTS.items()}
-    experts = fields["num_experts"]
-    if isinstance(experts, list):
-        if len(set(experts)) != 1:
-            reader.problems.append(f"num_local_experts is {experts}; only one number for all layers is implemented")
-        fields["num_experts"] = experts[0]
-    if isinstance(shared := reader.take("shared_intermediate_size"), list) and not any(shared):
+def _minimax(reader: _Reader, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    head_dim = reader.need("head_dim", SIZE)
+    fields = {field: reader.need(key, SIZES_OF_LAYERS) for field, key in EXPERTS.items()}
+    for field, key in EXPERTS.items():
+        if isinstance(numbers := fields[field], list):
+            if len(set(numbers)) != 1:
+                reader.problems.append(f"{key} is {numbers!r:.80}; only one number for all layers is implemented")
+            fields[field] = numbers[0]
+    if isinstance(shared := reader.values.get("shared_intermediate_size"), list) and not any(shared):
         reader.values["shared_intermediate_size"] = 0
 
     released = [key for key in ("attn_type_list", "postnorm", *RELEASED.values()) if key in reader]
@@ -226,47 +281,44 @@ def _minimax(reader: _Reader) -> dict[str, Any]:
     if released and other:
         reader.problems.append(f"two spellings mixed: {released[0]} and {other[0]}; keep one")
     names = TRANSFORMERS if other and not released else RELEASED
-    fields |= {field: reader.need(key) for field, key in names.items()}
-    for key in (*RELEASED.values(), *TRANSFORMERS.values()):
-        reader.read.add(key)
+    fields |= {field: reader.need(key, NUMBER) for field, key in names.items()}
+    reader.read |= {"layer_types", *RELEASED.values(), *TRANSFORMERS.values()}
     if names is RELEASED:
-        reader.read.add("layer_types")
-        fields["layer_pattern"] = _pattern(reader, "attn_type_list", KIND_OF_TYPE)
-        fields["postnorm"] = reader.need("postnorm")
+        fields["layer_pattern"] = _pattern(reader, "attn_type_list", INTEGERS, KIND_OF_TYPE, sizes["num_layers"])
+        fields["postnorm"] = reader.need("postnorm", FLAG)
     else:  # Transformers' class has no such flag: it is always post-norm
-        fields["layer_pattern"] = _pattern(reader, "layer_types", KIND_OF_NAME)
+        fields["layer_pattern"] = _pattern(reader, "layer_types", STRINGS, KIND_OF_NAME, sizes["num_layers"])
         fields["postnorm"] = True
-    for field in names:
-        if fields[field] is not None:
-            fields[field] = float(fields[field])
-    return fields | {"head_dim": head_dim} | _rotary(reader, head_dim, partial=True)
+    return fields | {"head_dim": head_dim} | _rotary(reader, head_dim, whole=False)
 
 
-def _dense(reader: _Reader, family: str) -> dict[str, Any]:
-    hidden, heads = reader.values.get("hidden_size"), reader.values.get("num_attention_heads")
-    head_dim = reader.take("head_dim")
+def _dense(reader: _Reader, sizes: Mapping[str, Any], family: str) -> dict[str, Any]:
+    hidden, heads = sizes["hidden_size"], sizes["num_heads"]
+    head_dim = reader.take("head_dim", SIZE)
     if head_dim is None and hidden and heads:
         if hidden % heads:
             reader.problems.append(f"head_dim is missing and hidden_size {hidden} is no multiple of {heads} heads")
         head_dim = hidden // heads
-    if "layer_types" in reader and set(reader.take("layer_types")) != {"full_attention"}:
-        reader.problems.append("layer_types: only full_attention is implemented for this model_type")
+    if reader.values.get("layer_types") is not None:
+        pattern = _pattern(reader, "layer_types", STRINGS, KIND_OF_NAME, sizes["num_layers"])
+        if pattern != ("softmax",):
+            reader.problems.append("layer_types: only full_attention is implemented for this model_type")
+    reader.read.add("layer_types")
     return {
         "head_dim": head_dim, "num_experts": 0, "experts_per_token": 0, "postnorm": False, "qkv_bias": family == QWEN2,
-        "layer_pattern": ("softmax",), **{field: 1.0 for field in RELEASED}, **_rotary(reader, head_dim, partial=False),
+        "layer_pattern": ("softmax",), **{field: 1.0 for field in RELEASED}, **_rotary(reader, head_dim, whole=True),
     }  # fmt: skip
 
 
-def _pattern(reader: _Reader, key: str, kinds: Mapping[Any, str]) -> tuple[str, ...]:
+def _pattern(reader: _Reader, key: str, kind: _Kind, kinds: Mapping[Any, str], layers: int | None) -> tuple[str, ...]:
     """The shortest pattern that, repeated, is the file's list of layers."""
-    listed = reader.need(key)
+    listed = reader.need(key, kind)
     if listed is None:
         return ("softmax",)
     if unknown := {item for item in listed if item not in kinds}:
         reader.problems.append(f"{key}: {sorted(map(str, unknown))} are none of {list(kinds)}")
         return ("softmax",)
-    layers = reader.values.get("num_hidden_layers")
-    if len(listed) != layers:
+    if layers is not None and len(listed) != layers:
         reader.problems.append(f"contradiction: {key} lists {len(listed)} layers, num_hidden_layers says {layers}")
     names = tuple(kinds[item] for item in listed)
     for length in range(1, len(names) + 1):

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from m1jax.errors import UserError
 from m1jax.model.config import ModelConfig
-from m1jax.weights.hf_config import from_hf
+from m1jax.weights.hf_config import MODEL_TYPES, from_hf
 from m1jax.weights.hf_names import IGNORED, HFTensor, hf_tensors, tensor_dtype
 
 CONFIG, INDEX, GENERATION = "config.json", "model.safetensors.index.json", "generation_config.json"
@@ -75,7 +75,8 @@ class HFFolder:
         self.folder = folder
         self.values = read_json(folder / CONFIG)
         self.config = from_hf(self.values, str(folder / CONFIG))
-        stored, problems = _headers(folder)
+        wanted = hf_tensors(self.config)
+        stored, unread, problems = _headers(folder)
         self.notes: list[str] = []
         extra = sorted(name for name in stored if IGNORED.fullmatch(name))
         if extra:
@@ -83,7 +84,8 @@ class HFFolder:
         self._stored = {name: entry for name, entry in stored.items() if not IGNORED.fullmatch(name)}
         self._open: dict[Path, Any] = {}
         self._mapped = 0
-        wanted = hf_tensors(self.config)
+        known = {t.name for t in wanted}
+        problems += _name_problems(self._stored, known - unread if unread is not None else (), known)
         problems += _shape_problems(self._stored, wanted)
         found = {self._stored[t.name].dtype for t in wanted if t.name in self._stored and not t.router}
         if not dtype:
@@ -92,6 +94,10 @@ class HFFolder:
         if problems:
             raise UserError(f"{folder}: " + "; ".join(problems))
         self.config = with_dtype(self.config, dtype)
+        gates = [self._stored[t.name].dtype for t in wanted if t.router]
+        narrow = [stored for stored in gates if _NUMPY[stored].itemsize < 4]
+        if narrow:
+            self.notes.append(f"widened {len(narrow)} router gates from {'/'.join(sorted(set(narrow)))} to float32")
 
     def read(self, name: str) -> np.ndarray:
         """The values of one tensor, in the dtype that they are stored in."""
@@ -108,34 +114,48 @@ class HFFolder:
         self._open = {}
 
 
-def check_index(folder: Path) -> tuple[ModelConfig, list[str]]:
+def check_index(folder: Path, dtype: str = "") -> tuple[ModelConfig, list[str]]:
     """Check a folder of which only config.json and the index have been downloaded: `(config, what was checked)`.
+
+    The config is in `dtype`; "" takes the one that the total size, or else config.json, speaks of.
 
     Raises:
         UserError: names are missing or unknown, or the total size is not that of bfloat16 or float32 weights with
             float32 router gates.
     """
-    config = from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
-    index = read_json(folder / INDEX)
+    values = read_json(folder / CONFIG)
+    config = from_hf(values, str(folder / CONFIG))
+    weight_map, total = _read_index(folder / INDEX)
     wanted = hf_tensors(config)
-    names = {name for name in index.get("weight_map", {}) if not IGNORED.fullmatch(name)}
-    problems = _name_problems(names, {t.name for t in wanted})
-    total = index.get("metadata", {}).get("total_size")
-    sizes = {dtype: hf_bytes(wanted, dtype) for dtype in ("bfloat16", "float32")}
-    plain = {dtype: sum(2 * int(np.prod(t.shape)) for t in wanted) for dtype in ("bfloat16",)}
-    fitting = [dtype for dtype, size in sizes.items() if size == total] or [
-        f"{dtype}, router gates too" for dtype, size in plain.items() if size == total
-    ]
+    names = {name for name in weight_map if not IGNORED.fullmatch(name)}
+    known = {t.name for t in wanted}
+    problems = _name_problems(names, known, known)
+    sizes = {name: hf_bytes(wanted, name) for name in ("bfloat16", "float32")}
+    fitting, said = next(((name, name) for name, size in sizes.items() if size == total), ("", ""))
+    if not fitting and total == sum(2 * int(np.prod(t.shape)) for t in wanted):
+        fitting, said = "bfloat16", "bfloat16, router gates too"
     if total is not None and not fitting and not problems:
         problems.append(
             f"metadata.total_size is {total:,} bytes; the tensors of {CONFIG} take "
-            + " or ".join(f"{size:,} in {dtype}" for dtype, size in sizes.items())
+            + " or ".join(f"{size:,} in {name}" for name, size in sizes.items())
         )
     if problems:
         raise UserError(f"{folder / INDEX}: " + "; ".join(problems))
-    shards = len(set(index["weight_map"].values()))
-    size = f"{total:,} bytes, which is {fitting[0]}" if total is not None else "no total size given"
-    return config, [f"{len(names):,} names in {shards} shards", size]
+    stored = next((values[key] for key in ("torch_dtype", "dtype") if values.get(key) in tuple(sizes)), "float32")
+    size = f"{total:,} bytes, which is {said}" if total is not None else "no total size given"
+    checked = [f"{len(names):,} names in {len(set(weight_map.values()))} shards", size]
+    return with_dtype(config, dtype or fitting or stored), checked
+
+
+def what_is_missing(folder: Path) -> str:
+    """Why a folder that looks like a Hugging Face one cannot be read as such; "" where it does not look like one."""
+    weights = [INDEX] if (folder / INDEX).is_file() else [file.name for file in sorted(folder.glob("*.safetensors"))]
+    if not (folder / CONFIG).is_file():
+        return f"{folder}: holds {weights[0]} but no {CONFIG}; fetch that too" if weights else ""
+    values = read_json(folder / CONFIG)
+    if "model_type" not in values and (weights or {"architectures", "hidden_size"} & set(values)):
+        return f"{folder / CONFIG}: model_type is missing; add it, one of {', '.join(MODEL_TYPES)}"
+    return ""
 
 
 def hf_bytes(tensors: Iterable[HFTensor], dtype: str) -> int:
@@ -235,23 +255,53 @@ def _write_shard(
             progress(array.nbytes)
 
 
-def _headers(folder: Path) -> tuple[dict[str, Stored], list[str]]:
-    """Every tensor of a folder's shards, and what is wrong with the set of them."""
+def _read_index(path: Path) -> tuple[dict[str, str], int | None]:
+    """An index: `(tensor -> file, total size)`."""
+    index = read_json(path)
+    weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and file == Path(file).name for file in weight_map.values()
+    ):
+        raise UserError(f"{path}: weight_map must give every tensor a file name; fetch the index again")
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path}: metadata is {metadata!r:.80}; it must be an object, or leave it out")
+    total = metadata.get("total_size")
+    if isinstance(total, float) and total.is_integer():  # some writers have divided
+        total = int(total)
+    if total is not None and (type(total) is not int or total < 0):
+        raise UserError(f"{path}: metadata.total_size is {total!r:.80}; it must be a number of bytes, or leave it out")
+    return weight_map, total
+
+
+def _headers(folder: Path) -> tuple[dict[str, Stored], set[str] | None, list[str]]:
+    """Every tensor of a folder's shards, those of shards that cannot be read, and what is wrong with the set of them.
+
+    Without an index nobody knows what an unreadable shard holds: then the second is None.
+    """
     problems: list[str] = []
     claimed: dict[str, str] | None = None
     if (folder / INDEX).is_file():
-        claimed = read_json(folder / INDEX).get("weight_map", {})
-        files = sorted({folder / name for name in (claimed or {}).values()})
-        if gone := [file.name for file in files if not file.is_file()]:
-            raise UserError(f"{folder}: {INDEX} names shards that are not there: {_list(gone)}")
+        claimed, _ = _read_index(folder / INDEX)
+        files = sorted({folder / name for name in claimed.values()})
     else:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise UserError(f"{folder}: holds no *.safetensors and no {INDEX}")
+    gone = {file.name for file in files if not file.is_file()}
+    if gone:
+        problems.append(f"{INDEX} names shards that are not there: {_list(sorted(gone))}")
     found: dict[str, Stored] = {}
     doubled = []
     for file in files:
-        with _open(file) as shard:
+        if file.name in gone:
+            continue
+        try:
+            shard = _open(file)
+        except UserError as error:
+            problems.append(str(error).removeprefix(f"{folder}/"))
+            gone.add(file.name)
+            continue
+        with shard:
             for name in shard.keys():  # noqa: SIM118  # no mapping, the handle of a file
                 piece = shard.get_slice(name)
                 if name in found:
@@ -263,13 +313,14 @@ def _headers(folder: Path) -> tuple[dict[str, Stored], list[str]]:
         moved = [
             f"{name} (said to be in {file})"
             for name, file in claimed.items()
-            if name not in found or found[name].file.name != file
+            if file not in gone and (name not in found or found[name].file.name != file)
         ]
         if moved:
             problems.append(f"not where {INDEX} says: {_list(moved)}")
         if unlisted := [name for name in found if name not in claimed]:
             problems.append(f"in a shard but not in {INDEX}: {_list(unlisted)}")
-    return found, problems
+    unread = None if gone and claimed is None else {name for name, file in (claimed or {}).items() if file in gone}
+    return found, unread, problems
 
 
 def _open(file: Path) -> Any:
@@ -281,18 +332,19 @@ def _open(file: Path) -> Any:
         raise UserError(f"{file}: cannot be read ({error})") from error
 
 
-def _name_problems(found: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    found, wanted = set(found), set(wanted)
+def _name_problems(found: Iterable[str], wanted: Iterable[str], known: Iterable[str]) -> list[str]:
+    """What of `wanted` was not found, and what was found though it is not `known`."""
+    found = set(found)
     problems = []
-    if missing := sorted(wanted - found, key=_natural):
+    if missing := sorted(set(wanted) - found, key=_natural):
         problems.append(f"missing tensors: {_list(missing)}")
-    if unknown := sorted(found - wanted, key=_natural):
+    if unknown := sorted(found - set(known), key=_natural):
         problems.append(f"unknown tensors: {_list(unknown)}")
     return problems
 
 
 def _shape_problems(stored: Mapping[str, Stored], wanted: Sequence[HFTensor]) -> list[str]:
-    problems = _name_problems(stored, (t.name for t in wanted))
+    problems = []
     misshaped = [
         f"{t.name} is {stored[t.name].shape}, {CONFIG} asks for {t.shape}"
         for t in wanted

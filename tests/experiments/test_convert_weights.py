@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from experiments import cli, convert_weights
+from m1jax.train.convert import convert
+from m1jax.weights.hf_config import from_hf
+from m1jax.weights.hf_folder import hf_bytes
+from m1jax.weights.hf_names import hf_tensors
 from tests.model.golden import GOLDENS
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +34,26 @@ def test_dry_run_knows_the_released_model(capsys):
     assert len(gates) == 2 and all("float32" in line for line in gates)
 
 
+def tensor_rows(said):
+    rows = [line for line in said.splitlines() if ".weight" in line]
+    assert len(rows) > 10
+    return rows
+
+
+def test_dry_run_shows_the_dtype_that_is_stored(capsys, tmp_path):
+    """The column of an index alone, whose size says bfloat16, and of a named model."""
+    index = json.loads((GOLDENS / "m1_tiny" / "model.safetensors.index.json").read_text())
+    shutil.copy(GOLDENS / "m1_tiny" / "config.json", tmp_path)
+    config = from_hf(json.loads((tmp_path / "config.json").read_text()))
+    index["metadata"] = {"total_size": hf_bytes(hf_tensors(config), "bfloat16")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    for argv in ([f"--from={tmp_path}"], ["--model=m1", "--dtype=bfloat16"]):
+        code, said = call(capsys, "--dry_run", *argv)
+        assert code == 0
+        for row in tensor_rows(said.out):
+            assert (" float32 " if "moe.gate." in row else " bfloat16 ") in row
+
+
 def test_dry_run_of_a_folder_and_of_its_index_alone(capsys, tmp_path):
     code, said = call(capsys, "--dry_run", f"--from={GOLDENS / 'm1_tiny'}")
     assert code == 0 and "checked: config.json, the header of every shard" in said.out
@@ -37,6 +61,9 @@ def test_dry_run_of_a_folder_and_of_its_index_alone(capsys, tmp_path):
         shutil.copy(GOLDENS / "m1_tiny" / name, tmp_path)
     code, said = call(capsys, "--dry_run", f"--from={tmp_path}")
     assert code == 0 and "checked: config.json, 155 names in 3 shards, 849,312 bytes, which is float32" in said.out
+    for dtype in ("bfloat16", "float32"):
+        code, said = call(capsys, "--dry_run", f"--from={tmp_path}", f"--dtype={dtype}")
+        assert code == 0 and all(("float32" if "moe.gate." in row else dtype) in row for row in tensor_rows(said.out))
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"num_local_experts": 5}))
     code, said = call(capsys, "--dry_run", f"--from={tmp_path}")
@@ -51,6 +78,11 @@ def test_dry_run_of_a_folder_and_of_its_index_alone(capsys, tmp_path):
         (["--from=nothing", "--to=/tmp/never"], "nothing: no such folder"),
         (["--from=x", "--to=y", "--model=m1"], "--model: only with --dry_run"),
         (["--dry_run", "--model=m2"], "--model: 'm2' is not in configs/models.py; it has"),
+        (["--dry_run", "--to=y"], "--to: not together with --dry_run"),
+        (["--dry_run", "--max_positions=5"], "--max_positions: not together with --dry_run"),
+        (["--from=x", "--to=y", "--max_positions=0"], "--max_positions: 0 must be at least 1"),
+        ([f"--from={GOLDENS / 'm1_tiny'}", f"--to={__file__}/sub"], "sub: cannot be made (Not a directory)"),
+        ([f"--from={GOLDENS / 'm1_tiny'}", f"--to=/tmp/{'a' * 300}"], "cannot be made (File name too long)"),
         (["--from=x", "--to=y", "--dtype=int8"], "invalid choice: 'int8'"),
     ],
 )
@@ -59,18 +91,25 @@ def test_mistakes_take_one_line(capsys, argv, message):
     assert code == 2 and said.err.startswith("error: ") and message in said.err and said.err.count("\n") == 1
 
 
-def test_a_terminated_conversion_cleans_up(tmp_path):
-    """SIGTERM in the middle: exit code 143, and no folder under any name."""
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_a_stopped_conversion_says_so_and_cleans_up(name, code, direction, tmp_path):
+    source = GOLDENS / "m1_tiny"
+    if direction == "out":
+        source = convert(source, tmp_path / "source", log=lambda _: None)
     child = (
         "import os, signal, sys\n"
         "from experiments import cli, convert_weights\n"
-        "convert_weights.progress_bar = lambda total: lambda done: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"convert_weights.progress_bar = lambda total: lambda done: os.kill(os.getpid(), signal.{name})\n"
         "sys.exit(cli.guard(lambda: convert_weights.main(sys.argv[1:])))\n"
     )
-    command = [sys.executable, "-c", child, f"--from={GOLDENS / 'm1_tiny'}", f"--to={tmp_path / 'ours'}"]
+    if name == "SIGINT":  # once: a second one does not wait
+        child = child.replace("lambda done: os.kill(", "lambda done: sent.append(1) or len(sent) == 3 and os.kill(")
+        child = "sent = []\n" + child
+    command = [sys.executable, "-c", child, f"--from={source}", f"--to={tmp_path / 'ours'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 143, done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert (done.returncode, done.stderr.strip()) == (code, "stopped, nothing written")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"] * (direction == "out")
 
 
 def test_progress_shows_bytes_and_time_left(tmp_path):

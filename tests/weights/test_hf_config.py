@@ -1,6 +1,7 @@
 """config.json: strict reading of both spellings, and writing what reads back as the same network."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,12 @@ def test_a_missing_key_is_named(key):
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of minimax_m1"),
         ({"num_attention_heads": 3}, "num_kv_heads: 2 does not divide num_heads 3"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is"),
+        ({"num_local_experts": 0}, "num_local_experts is 0; it must be an integer of at least 1 or a list of such"),
+        ({"rope_parameters": {"rotary_dim": 4}}, "contradiction: rotary_dim says 8, rope_parameters.rotary_dim says 4"),
+        (
+            {"architectures": ["LlamaForCausalLM"]},
+            "contradiction: architectures says LlamaForCausalLM, model_type says minimax_m1",
+        ),
     ],
 )
 def test_what_would_be_another_network_is_refused(changes, message):
@@ -117,3 +124,71 @@ def test_a_network_without_a_released_form_is_not_written():
         to_hf(replace(from_hf(values()), qkv_bias=True))
     with pytest.raises(UserError, match="lightning_norm_eps is 1e-05"):
         to_hf(replace(from_hf(values()), lightning_norm_eps=1e-5))
+
+
+@pytest.mark.parametrize("name", ["qwen2_tiny", "llama_tiny_tied"])
+def test_dense_models_have_whole_heads_and_one_kind_of_layer(name):
+    theta, width = values(name)["rope_theta"], 16
+    assert from_hf(values(name, rope_parameters={"partial_rotary_factor": 1.0})).rotary_dim == width
+    assert from_hf(values(name, layer_types=None)) == from_hf(values(name))
+    assert from_hf(values(name, layer_types=["full_attention"] * 4, rope_theta=theta)) == from_hf(values(name))
+    for changes, message in (
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "head_dim says 16, rope_parameters.partial.* says 8"),
+        ({"rope_parameters": {"rotary_dim": 4}}, "head_dim says 16, rope_parameters.rotary_dim says 4"),
+        ({"layer_types": ["full_attention"] * 3}, "layer_types lists 3 layers, num_hidden_layers says 4"),
+        ({"layer_types": ["linear_attention"] * 4}, "only full_attention is implemented"),
+        ({"architectures": ["MiniMaxForCausalLM"]}, "architectures says MiniMaxForCausalLM, model_type says"),
+    ):
+        with pytest.raises(UserError, match=message):
+            from_hf(values(name, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"postnorm": "false"}, "postnorm is 'false'; it must be true or false"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; it must be true or false"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'; it must be a finite number above 0"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps is -1; it must be"),
+        ({"layernorm_mlp_alpha": math.inf}, "layernorm_mlp_alpha is inf; it must be a finite number"),
+        ({"layernorm_mlp_alpha": 10**400}, "layernorm_mlp_alpha is 1000.*; it must be a finite number"),
+        ({"hidden_size": 40.0}, "hidden_size is 40.0; it must be an integer of at least 1"),
+        ({"vocab_size": True}, "vocab_size is True; it must be"),
+        ({"attn_type_list": [True] * 8}, "attn_type_list is .*; it must be a list of integers"),
+        ({"attn_type_list": [[0]]}, "attn_type_list is .*; it must be a list of integers"),
+        ({"rope_parameters": {"rope_theta": []}}, r"rope_parameters.rope_theta is \[\]; it must be"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_with_what_it_must_be(changes, message):
+    with pytest.raises(UserError, match=f"config.json: .*{message}"):
+        from_hf(values(**changes))
+
+
+FAMILIES = {
+    "minimax": values(),
+    "transformers": in_transformers_spelling(),
+    "qwen2": values("qwen2_tiny", layer_types=["full_attention"] * 4, head_dim=16),
+    "llama": values("llama_tiny_tied", rope_parameters={"rope_theta": 1e5, "partial_rotary_factor": 1}),
+}
+
+
+@pytest.mark.parametrize(
+    "odd", [None, "x", [], {}, -1, math.nan, math.inf, True, 7.5, 10**400, [[0]], [None]], ids=lambda odd: str(odd)[:8]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_value_of_any_key_loads_or_is_refused_in_one_line(family, odd):
+    valid = FAMILIES[family]
+    cases = [valid | {key: odd} for key in valid]
+    inside = valid.get("rope_parameters", {})
+    cases += [valid | {"rope_parameters": inside | {key: odd}} for key in inside]
+    for case in cases:
+        try:
+            from_hf(case)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+def test_no_bound_on_positions_is_a_key_left_out():
+    config = replace(from_hf(values()), max_positions=0)
+    assert "max_position_embeddings" not in to_hf(config)
+    assert from_hf(to_hf(config)) == config

@@ -12,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 
 from m1jax.errors import UserError
 from m1jax.model import transformer
+from m1jax.train.pretrained import find_pretrained
+from m1jax.weights.hf_config import from_hf
 from m1jax.weights.hf_folder import HFFolder, check_index, hf_bytes, write_hf
 from m1jax.weights.hf_names import hf_tensors, leaf_shapes, unflatten
 from m1jax.weights.load import load_params
@@ -180,6 +182,75 @@ def test_an_index_alone_is_checked_by_names_and_size(folder):
     path.write_text(json.dumps(index))
     with pytest.raises(UserError, match="missing tensors: model.norm.weight"):
         check_index(folder)
+
+
+def test_an_index_alone_gives_the_dtype_that_its_size_speaks_of(folder):
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    size = hf_bytes(hf_tensors(from_hf(json.loads((folder / "config.json").read_text()))), "bfloat16")
+    path.write_text(json.dumps(index | {"metadata": {"total_size": size}}))
+    assert check_index(folder)[0].param_dtype == "bfloat16"
+    assert check_index(folder, "float32")[0].param_dtype == "float32"
+    path.write_text(json.dumps({"weight_map": index["weight_map"]}))
+    assert check_index(folder)[0].param_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_map": None}, "weight_map must give every tensor a file name"),
+        ({"weight_map": ["a"]}, "weight_map must give every tensor a file name"),
+        ({"weight_map": {"a": 1}}, "weight_map must give every tensor a file name"),
+        ({"weight_map": {"a": "../a.safetensors"}}, "weight_map must give every tensor a file name"),
+        ({"metadata": None}, "metadata is None; it must be an object"),
+        ({"metadata": {"total_size": "5"}}, "metadata.total_size is '5'; it must be a number of bytes"),
+        ({"metadata": {"total_size": float("inf")}}, "metadata.total_size is inf; it must be a number of bytes"),
+    ],
+)
+def test_a_faulty_index_takes_one_line(folder, changes, message):
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    for reading in (check_index, HFFolder):
+        with pytest.raises(UserError, match=f"index.json: {message}"):
+            reading(folder)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_all_damaged_shards_are_named_with_the_other_faults(folder, indexed):
+    spoil(folder / SHARDS.format(1), lambda tensors: tensors.update(surprise=np.zeros(3, np.float32)))
+    for number in (2, 3):
+        shard = folder / SHARDS.format(number)
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    if not indexed:
+        (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError) as caught:
+        HFFolder(folder)
+    told = str(caught.value)
+    assert told.count("truncated or damaged") == 2 and "unknown tensors: surprise" in told
+    assert "missing" not in told and "not where" not in told and "\n" not in told
+
+
+def test_widened_gates_are_noted(folder):
+    assert HFFolder(folder).notes == []
+    for file in folder.glob("*.safetensors"):
+        save_file({name: value.astype(ml_dtypes.bfloat16) for name, value in load_file(file).items()}, file)
+    assert HFFolder(folder).notes == ["widened 8 router gates from BF16 to float32"]
+
+
+def test_what_a_folder_lacks_is_named(folder):
+    values = json.loads((folder / "config.json").read_text())
+    del values["model_type"]
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="config.json: model_type is missing; add it, one of minimax_m1"):
+        find_pretrained(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="holds model.safetensors.index.json but no config.json"):
+        find_pretrained(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(UserError, match="holds model-00001-of-00003.safetensors but no config.json"):
+        find_pretrained(folder)
 
 
 def test_the_released_model_has_8243_tensors_and_its_published_size():

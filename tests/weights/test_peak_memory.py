@@ -2,7 +2,7 @@
 
 The folder is written here: 1.5 GiB of bfloat16 in many layers of small tensors, so that the bound, twice the largest
 tensor and 1 GiB for what else a process needs, is far below a second copy of everything, be it arrays that are kept
-or shards that stay mapped. Measured: about 0.4 GiB beside the arrays.
+or shards that stay mapped. Measured: 0.6 GiB beside the arrays.
 """
 
 import os
@@ -63,7 +63,7 @@ def test_loading_holds_the_weights_once(tmp_path):
         write_hf(folder, CONFIG, to_hf(CONFIG), lambda t: values[t.shape], shard_bytes=GIB // 4)
         child = subprocess.run(
             [sys.executable, "-c", CHILD, str(folder)],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # pytest would keep it for two more runs

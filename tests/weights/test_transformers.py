@@ -15,8 +15,8 @@ Transformers was made for folders that its authors converted first, and leaves s
   factors would silently become 1 and every other layer softmax attention. They are handed over under its names.
 - Rotary embedding turns whole heads; no spelling of `rotary_dim` has any effect. Its rotation is replaced by one that
   leaves the channels from `rotary_dim` on alone, with the frequencies of a head of that width.
-- Positions of continued sequences are counted by the cache of layer 0, which a lightning layer does not fill. Positions
-  are given, and no cache is used.
+- Positions of continued sequences are counted by the cache of layer 0, which a lightning layer does not fill. So no
+  cache is used.
 
 Left as it is: its slopes divide by L - 1 + 1e-5 where the released code divides by L - 1, which is below rounding here.
 """
@@ -87,9 +87,8 @@ for folder in sys.argv[1:]:
     odd = [n for n in info["missing_keys"] if not re.search(made, n)] + sorted(info["unexpected_keys"])
     assert not odd and not info["mismatched_keys"], (folder, odd, info["mismatched_keys"])
     ids = torch.from_numpy(np.load(f"{folder}/ids.npy").astype(np.int64))
-    places = torch.arange(ids.shape[1])[None].expand_as(ids)
     with torch.no_grad():
-        logits = model.eval()(input_ids=ids, position_ids=places, use_cache=False).logits
+        logits = model.eval()(input_ids=ids, use_cache=False).logits
     assert logits.dtype == torch.float32, logits.dtype
     np.savez(f"{folder}/peer.npz", logits=logits.numpy())
 """
