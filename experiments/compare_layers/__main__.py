@@ -12,7 +12,10 @@ of the file (its format stands in goldens.py); the exit code is 1 where one is o
 from __future__ import annotations
 
 import argparse
+import zipfile
+import zlib
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +68,7 @@ def against_goldens(arguments: argparse.Namespace) -> None:
         arrays = dict(np.load(file))
     except FileNotFoundError as error:
         raise UserError(f"{file}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{file}: not an .npz file of arrays ({error})") from error
     gradients = Path(arguments.gradients) if arguments.gradients else file.parent / "grads" / "grads.safetensors"
     if arguments.gradients and not gradients.is_file():
@@ -75,10 +78,14 @@ def against_goldens(arguments: argparse.Namespace) -> None:
     gradient_file = gradients if gradients.is_file() else None
     checks = []
     for batch in check_goldens(model.load(), model.config, arrays, gradient_file):
-        for line in summary(batch):
+        done = [check for check in batch if check.compared]
+        for line in summary(done) + per_layer(done, model.config.kinds):
             print(line, flush=True)
-        checks += batch
-    for line in unchecked(arrays, gradient_file):
+        for name, path in dict.fromkeys((c.array, c.path) for c in batch):
+            if not any((c.array, c.path) == (name, path) for c in done):
+                print(f"not checked: {name} by {path}: no token is left to compare")
+        checks += done
+    for line in unchecked(arrays, model.config, gradient_file):
         print(f"not checked: {line}")
     if not checks:
         raise UserError(f"{file}: nothing in it could be checked; it has {', '.join(arrays) or 'no arrays'}")
@@ -122,6 +129,19 @@ def summary(checks: list) -> list[str]:
             f"  tolerance {worst.tolerance:7.0e}  largest {worst.largest:9.3g}{at}"
             + (f"  ({ties} left out after ties in the routing)" if ties else "")
         )
+    return lines
+
+
+def per_layer(checks: list, kinds: Sequence[str]) -> list[str]:
+    """The hidden states of the chunked path, layer by layer, and how token probabilities correlate by any path."""
+    hidden = [c for c in checks if c.array == "hidden" and c.path == "chunked"]
+    lines = [f"    {'':22}  relative error  largest activation"] if hidden else []
+    for c in hidden:
+        relative = c.error / c.largest if c.largest else c.error
+        lines.append(f"    {f'layer {c.layer} ({kinds[c.layer]})':22}  {relative:14.2e}  {c.largest:18.3g}")
+    for c in checks:
+        if c.correlation is not None:
+            lines.append(f"    {c.path}: correlation of token probabilities ({c.array}) {c.correlation:.6f}")
     return lines
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from m1jax.errors import UserError
@@ -54,6 +55,13 @@ KNOWN = frozenset(
 )
 
 
+AXES = {
+    "input_ids": 2, "positions": 1, "hidden": 4, "router_ids": 4, "router_weights": 4, "router_margin": 3, "states": 5,
+    "final_norm": 3, "logits": 3, "padded_input_ids": 2, "padded_attention_mask": 2, "padded_logits": 3,
+    "padded_states": 5, "greedy_prompt": 1, "greedy_ids": 1, "greedy_logprobs": 1, "grad_input_ids": 2,
+}  # fmt: skip
+"""Number of axes of each array, which everything else relies on."""
+
 PATHS: dict[str, Any] = {"chunked": "prefill", "packed": "packed", "decode": "decode"}
 """How we say it -> how `observe` does: prefill is the chunked forward that keeps the states, so that they are seen."""
 
@@ -73,6 +81,8 @@ class Check:
         tolerance: how far off it may be.
         largest: largest magnitude of the recorded values.
         left_out: tokens that were left out because of a tie in the routing.
+        compared: values that were compared; 0 says nothing.
+        correlation: of the recorded tokens' probabilities with ours (Pearson), where they are known.
     """
 
     array: str
@@ -82,6 +92,8 @@ class Check:
     tolerance: float
     largest: float
     left_out: int = 0
+    compared: int = 1
+    correlation: float | None = None
 
     @property
     def ok(self) -> bool:
@@ -101,8 +113,9 @@ def check_goldens(
         gradients: a safetensors file with d loss / d weight by original name, or None.
 
     Raises:
-        UserError: an array has another shape than the model gives it.
+        UserError: an array has another shape than the model gives it, or ids that the model does not know.
     """
+    require_shapes(arrays, config)
     wide, wide_config = cast(params, config, "float64")
     narrow, narrow_config = cast(params, config, "float32")
     if "input_ids" in arrays and set(arrays) & OF_SEQUENCES:
@@ -122,6 +135,30 @@ def check_goldens(
         yield _greedy_checks(wide, wide_config, arrays)
     if "grad_input_ids" in arrays and ("loss" in arrays or gradients is not None):
         yield _gradient_checks(wide, wide_config, arrays, gradients)
+
+
+def require_shapes(arrays: Mapping[str, np.ndarray], config: ModelConfig) -> None:
+    """Raise UserError where an array has not its number of axes, or an input cannot be one."""
+    for name, axes in AXES.items():
+        if name in arrays and arrays[name].ndim != axes:
+            raise UserError(f"goldens: {name} has shape {arrays[name].shape}, expected {axes} axes")
+    mask_BT, padded_BT = arrays.get("padded_attention_mask"), arrays.get("padded_input_ids")
+    if mask_BT is not None and padded_BT is not None:
+        _same_shape("padded_attention_mask", padded_BT.shape, mask_BT.shape)
+        if not (mask_BT > 0).any():
+            raise UserError("goldens: padded_attention_mask marks no token")
+    for name in ("input_ids", "padded_input_ids", "greedy_prompt", "greedy_ids", "grad_input_ids"):
+        if name not in arrays:
+            continue
+        ids = arrays[name] if name != "padded_input_ids" or mask_BT is None else arrays[name][mask_BT > 0]
+        if not ids.size:
+            raise UserError(f"goldens: {name} has no ids")
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
+            raise UserError(
+                f"goldens: {name} runs from {ids.min()} to {ids.max()}, the model has ids 0 to {config.vocab_size - 1}"
+            )
+    if "router_margin" in arrays and "input_ids" in arrays:
+        _same_shape("router_margin", (config.num_layers, *arrays["input_ids"].shape), arrays["router_margin"].shape)
 
 
 def cast(params: Params, config: ModelConfig, dtype: str) -> tuple[Params, ModelConfig]:
@@ -144,9 +181,11 @@ def next_logprobs(logits_BTV: Any, tokens_BT: np.ndarray) -> np.ndarray:
     return chosen - np.log(np.exp(logits).sum(-1))
 
 
-def unchecked(arrays: Mapping[str, np.ndarray], gradients: Path | None) -> list[str]:
+def unchecked(arrays: Mapping[str, np.ndarray], config: ModelConfig, gradients: Path | None) -> list[str]:
     """One line for every array that cannot be checked, with the reason."""
     lines = [f"{name}: not an array that is known here" for name in arrays if name not in KNOWN]
+    if not config.num_experts:
+        lines += [f"{name}: the model routes nothing" for name in ("router_ids", "router_weights") if name in arrays]
     need = {
         **dict.fromkeys(OF_SEQUENCES, ("input_ids",)),
         **dict.fromkeys(("padded_logits", "padded_states"), ("padded_input_ids", "padded_attention_mask")),
@@ -248,7 +287,8 @@ def _router_check(
     tied_BT = flipped_BT & (margin_BT < TIE)
     valid_BT &= ~np.logical_or.accumulate(tied_BT, axis=1)
     wrong = int((flipped_BT & ~tied_BT).sum())
-    return Check("router_ids", path, layer, wrong, 0, float(theirs_BTA.max()), int(tied_BT.sum()))
+    left = int(valid_BT.sum())
+    return Check("router_ids", path, layer, wrong, 0, float(theirs_BTA.max()), int(tied_BT.sum()), left)
 
 
 def _padded_checks(
@@ -305,7 +345,10 @@ def _gradient_checks(
         checks.append(_absolute("loss", "training", None, np.asarray(value), arrays["loss"], LOSS, 0))
     if file is None:
         return checks
-    theirs = load_file(file)
+    try:
+        theirs = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: not a safetensors file ({error})") from error
     tensors = hf_tensors(config)
     if odd := {t.name for t in tensors} ^ set(theirs):
         raise UserError(f"{file}: {sorted(odd)[0]} is on one side only ({len(odd)} such names)")
@@ -332,7 +375,29 @@ def _absolute(
     _same_shape(name, mine.shape, theirs.shape)
     gap = np.abs(mine - theirs.astype(np.float64))
     largest = float(np.abs(theirs).max()) if theirs.size else 0.0
-    return Check(name, path, layer, float(gap.max()) if gap.size else 0.0, tolerance, largest, left_out)
+    error = float(gap.max()) if gap.size else 0.0
+    return Check(name, path, layer, error, tolerance, largest, left_out, gap.size, _correlation(name, mine, theirs))
+
+
+def _correlation(name: str, mine: np.ndarray, theirs: np.ndarray) -> float | None:
+    """Of token probabilities: of the recorded tokens, or where whole logits are recorded of their most probable one."""
+    if not theirs.size:
+        return None
+    if name == "logprobs":
+        p, q = np.exp(mine), np.exp(theirs.astype(np.float64))
+    elif name == "logits":
+        best = theirs.argmax(-1)[..., None]
+        p, q = (_probability(x.astype(np.float64), best) for x in (mine, theirs))
+    else:
+        return None
+    p, q = p - p.mean(), q - q.mean()
+    scale = float(np.sqrt((p * p).sum() * (q * q).sum()))
+    return float((p * q).sum()) / scale if scale else None
+
+
+def _probability(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    exp = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.take_along_axis(exp, ids, -1)[..., 0] / exp.sum(-1)
 
 
 def _state_check(
@@ -343,7 +408,7 @@ def _state_check(
     mine, theirs = mine[rows], theirs[rows].astype(np.float64)
     largest = float(np.abs(theirs).max()) if theirs.size else 0.0
     error = float(np.abs(mine - theirs).max()) / max(largest, 1e-30) if theirs.size else 0.0
-    return Check(name, path, layer, error, STATES * slack, largest, int((~rows).sum()))
+    return Check(name, path, layer, error, STATES * slack, largest, int((~rows).sum()), mine.size)
 
 
 def _same_shape(name: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> None:

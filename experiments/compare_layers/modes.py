@@ -127,4 +127,4 @@ def with_loud_channel(params: Params, gain: float) -> Params:
 def _pearson(p: np.ndarray, q: np.ndarray) -> float:
     p, q = p - p.mean(), q - q.mean()
     scale = float(np.sqrt((p * p).sum() * (q * q).sum()))
-    return float((p * q).sum()) / scale if scale > 0 else 1.0
+    return float((p * q).sum()) / scale if scale != 0 else 1.0  # NaN stays NaN
