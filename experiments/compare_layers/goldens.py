@@ -360,7 +360,7 @@ def _gradient_checks(
         want = theirs[tensor.name].astype(np.float64)
         norm = np.linalg.norm(want)
         # An expert that no token chose has no gradient: then ours must have none either.
-        error = np.linalg.norm(mine - want) / norm if norm > 0 else np.linalg.norm(mine)
+        error = np.linalg.norm(mine) if norm == 0 else np.linalg.norm(mine - want) / norm
         part = tensor.name.split(".")
         layer = int(part[2]) if part[1] == "layers" else None
         checks.append(
