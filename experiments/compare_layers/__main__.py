@@ -12,8 +12,6 @@ of the file (its format stands in goldens.py); the exit code is 1 where one is o
 from __future__ import annotations
 
 import argparse
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +23,8 @@ from m1jax.errors import UserError
 
 OFF = 1
 """Exit code where a number is beyond its tolerance."""
+SAMPLED = {"rows": 2, "tokens": 128, "seed": 0, "head_gain": 1.0}
+"""What two modes of one model are compared on, where nothing else is said."""
 
 
 def main(argv: list[str]) -> None:
@@ -33,20 +33,34 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--goldens", default="", metavar="FILE.npz")
     parser.add_argument("--gradients", default="", metavar="FILE", help="[grads/grads.safetensors beside the goldens]")
     parser.add_argument("--random", default="", metavar="NAME", help="random weights of a model of configs/models.py")
-    parser.add_argument(
-        "--head_gain", type=float, default=1.0, help="make one channel of the head's input so much louder"
-    )
-    parser.add_argument("--rows", type=int, default=2, help="sequences")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of each, sampled by the model itself")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--head_gain", type=float, help="make one channel of the head's input so much louder [1]")
+    parser.add_argument("--rows", type=int, help="sequences [2]")
+    parser.add_argument("--tokens", type=int, help="tokens of each, sampled by the model itself [128]")
+    parser.add_argument("--seed", type=int, help="of random weights and of the tokens [0]")
     parser.add_argument("--out", default="runs/compare_layers.png", metavar="FILE.png")
     arguments = parser.parse_args(argv)
     if bool(arguments.hf) == bool(arguments.random):
         raise UserError("give --hf=PATH, or --random=NAME for random weights")
     if arguments.goldens and arguments.random:
         raise UserError("--goldens: recorded numbers need the weights that made them; give --hf=PATH")
+    if arguments.gradients and not arguments.goldens:
+        raise UserError("--gradients: they belong to recorded numbers; give --goldens=FILE.npz too")
+    for name, default in SAMPLED.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
+        elif arguments.goldens:
+            raise UserError(
+                f"--{name}: is of two modes of one model, recorded numbers have their own tokens; leave it out"
+            )
     if arguments.tokens < 2 or arguments.rows < 1:
         raise UserError(f"--rows={arguments.rows} --tokens={arguments.tokens}: at least 1 row of 2 tokens")
+    if not 0 <= arguments.seed < 2**31:
+        raise UserError(f"--seed={arguments.seed}: expected a number from 0 to {2**31 - 1}")
+    if not np.isfinite(arguments.head_gain):
+        raise UserError(f"--head_gain={arguments.head_gain}: expected a finite number")
+    from experiments.compare_layers.draw import require_writable
+
+    require_writable(arguments.out)
     if arguments.goldens:
         against_goldens(arguments)
     else:
@@ -61,30 +75,28 @@ def against_goldens(arguments: argparse.Namespace) -> None:
     jax.config.update("jax_default_matmul_precision", "highest")
     from experiments.compare_layers.draw import draw_checks
     from experiments.compare_layers.goldens import check_goldens, unchecked
+    from experiments.compare_layers.recorded import read_arrays, require_gradients, require_shapes
     from m1jax.train.pretrained import find_pretrained
 
     file = Path(arguments.goldens)
-    try:
-        arrays = dict(np.load(file))
-    except FileNotFoundError as error:
-        raise UserError(f"{file}: no such file") from error
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file}: not an .npz file of arrays ({error})") from error
+    arrays = read_arrays(file)
     gradients = Path(arguments.gradients) if arguments.gradients else file.parent / "grads" / "grads.safetensors"
     if arguments.gradients and not gradients.is_file():
         raise UserError(f"{gradients}: no such file")
-    model = find_pretrained(arguments.hf)
+    model = find_pretrained(arguments.hf, "float64")
+    require_shapes(arrays, model.config, file)
     print(f"{arguments.hf}: {model.config.num_layers} layers; {file}: {len(arrays)} arrays")
     gradient_file = gradients if gradients.is_file() else None
-    checks = []
+    if gradient_file and "grad_input_ids" in arrays:
+        require_gradients(gradient_file, model.config)
+    checks, empty = [], []
     for batch in check_goldens(model.load(), model.config, arrays, gradient_file):
         done = [check for check in batch if check.compared]
-        for line in summary(done) + per_layer(done, model.config.kinds):
+        nothing = [check for check in batch if not check.compared]
+        for line in summary(done) + per_layer(done, model.config.kinds) + nothing_left(nothing):
             print(line, flush=True)
-        for name, path in dict.fromkeys((c.array, c.path) for c in batch):
-            if not any((c.array, c.path) == (name, path) for c in done):
-                print(f"not checked: {name} by {path}: no token is left to compare")
         checks += done
+        empty += nothing
     for line in unchecked(arrays, model.config, gradient_file):
         print(f"not checked: {line}")
     if not checks:
@@ -93,7 +105,9 @@ def against_goldens(arguments: argparse.Namespace) -> None:
     print(f"plot: {arguments.out}")
     wrong = [check for check in checks if not check.ok]
     if not wrong:
-        print(f"all {len(checks)} checks within tolerance")
+        untouched = dict.fromkeys(c.array for c in empty if all(c.array != other.array for other in checks))
+        without = f"; nothing was left of {', '.join(untouched)}" if untouched else ""
+        print(f"all {len(checks)} checks within tolerance{without}")
         return
     # In the order of the computation: layers, then what is made of all of them, then gradients, which come back.
     first = min(wrong, key=lambda c: (c.path == "training", c.layer is None, c.layer or 0))
@@ -120,7 +134,7 @@ def summary(checks: list) -> list[str]:
         groups[check.path, name].append(check)
     lines = []
     for (path, name), group in groups.items():
-        worst = max(group, key=lambda c: c.error / c.tolerance if c.tolerance else c.error * np.inf if c.error else 0.0)
+        worst = max(group, key=lambda c: c.share)
         parts = "" if len(group) == 1 else f" of {len(group)} {'weights' if name == 'gradients' else 'layers'}"
         at = "" if len(group) == 1 else f", worst {worst.array if name == 'gradients' else f'layer {worst.layer}'}"
         ties = max(check.left_out for check in group)
@@ -145,6 +159,20 @@ def per_layer(checks: list, kinds: Sequence[str]) -> list[str]:
     return lines
 
 
+def nothing_left(checks: list) -> list[str]:
+    """One line for each array of a path, with the layers of which no value was compared."""
+    groups = defaultdict(list)
+    for check in checks:
+        groups[check.path, check.array].append(check)
+    lines = []
+    for (path, name), group in groups.items():
+        where = "" if group[0].layer is None else f" of layers {', '.join(str(check.layer) for check in group)}"
+        ties = any(check.left_out for check in group)
+        reason = "all its tokens come after ties in the routing" if ties else "it holds no values"
+        lines.append(f"not checked: {name}{where} by {path}: nothing is left to compare, {reason}")
+    return lines
+
+
 def between_modes(arguments: argparse.Namespace) -> None:
     import jax
 
@@ -159,7 +187,7 @@ def between_modes(arguments: argparse.Namespace) -> None:
         config = cli.named_model(arguments.random)
         params = transformer.init(jax.random.key(arguments.seed), config)
     else:
-        model = find_pretrained(arguments.hf)
+        model = find_pretrained(arguments.hf, "float32")
         config, params = model.config, model.load()
     params, config = cast(params, config, "float32")
     if arguments.head_gain != 1.0:

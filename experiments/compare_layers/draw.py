@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from matplotlib.figure import Figure
 
 from experiments.compare_layers.goldens import Check
 from experiments.compare_layers.modes import Comparison
+from m1jax.errors import UserError
+from m1jax.train.checkpoint import is_disk_full
 
 FLOOR = 1e-9
 """Where an error of nothing is drawn."""
@@ -18,7 +21,7 @@ FLOOR = 1e-9
 
 def draw_checks(checks: Sequence[Check], path: str) -> None:
     """Error as a share of the tolerance, by layer for arrays that have layers, one point for those that have none."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
     axes = figure.add_subplot()
     groups: dict[str, list[Check]] = {}
     for check in checks:
@@ -31,18 +34,16 @@ def draw_checks(checks: Sequence[Check], path: str) -> None:
         for check in group:
             if check.layer is None:
                 continue
-            share = check.error / check.tolerance if check.tolerance else (2.0 if check.error else 0.0)
-            by_layer[check.layer] = max(by_layer.get(check.layer, 0.0), share)
+            by_layer[check.layer] = max(by_layer.get(check.layer, 0.0), _height(check))
         if by_layer:
-            axes.semilogy(list(by_layer), [max(v, FLOOR) for v in by_layer.values()], marker=".", lw=1, label=name)
+            axes.semilogy(list(by_layer), list(by_layer.values()), marker=".", lw=1, label=name)
         for check in group:
             if check.layer is None and "gradient" not in check.array:
                 single += 1
-                share = check.error / check.tolerance if check.tolerance else (2.0 if check.error else 0.0)
-                axes.semilogy([last + single], [max(share, FLOOR)], marker="x", ls="", label=name)
+                axes.semilogy([last + single], [_height(check)], marker="x", ls="", label=name)
     axes.axhline(1.0, color="black", lw=0.8)
     axes.set(xlabel="layer; to the right of the layers: what comes after them", ylabel="error / tolerance")
-    axes.legend(fontsize=6, ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
 
 
@@ -71,7 +72,31 @@ def draw_modes(comparisons: Mapping[str, Comparison], kinds: Sequence[str], path
     _save(figure, path)
 
 
+def require_writable(path: str) -> None:
+    """Refuse a picture's path before anything is computed.
+
+    Raises:
+        UserError: a folder lies there, or none can be made or written to.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise UserError(f"--out={path}: is a folder; give the name of a file")
+    above = next(folder for folder in target.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(target if target.exists() else above, os.W_OK):
+        raise UserError(f"--out={path}: cannot be written; give a file in a folder that you can write to")
+
+
+def _height(check: Check) -> float:
+    """Where a check is drawn: what has no share of its tolerance stands just beyond it."""
+    return max(check.share, FLOOR) if np.isfinite(check.share) else 2.0
+
+
 def _save(figure: Figure, path: str) -> None:
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        FigureCanvasAgg(figure).print_png(target)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise UserError(f"--out={path}: cannot be written ({error.strerror})") from error

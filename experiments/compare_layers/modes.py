@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.compare_layers.goldens import cast, next_logprobs
+from experiments.compare_layers.goldens import cast, next_logprobs, pearson
 from m1jax.errors import UserError
 from m1jax.model.config import ModelConfig
 from m1jax.model.observe import Observation, logits, observe
@@ -34,7 +34,7 @@ class Head:
     """Probabilities of the next tokens on the two sides of a pair, with one kind of head.
 
     Attributes:
-        correlation: Pearson's, of p(next token).
+        correlation: Pearson's, of p(next token); NaN where all of them are the same.
         largest_gap, mean_gap: of |difference of log p(next token)|.
     """
 
@@ -64,7 +64,11 @@ class Comparison:
 
 
 def compare_modes(params: Params, config: ModelConfig, tokens_BT: np.ndarray) -> dict[str, Comparison]:
-    """Every pair of `PAIRS` on these tokens."""
+    """Every pair of `PAIRS` on these tokens.
+
+    Raises:
+        UserError: an output is not finite.
+    """
     tokens_BT = tokens_BT.astype(np.int32)
     ones_BT = np.ones_like(tokens_BT)
     trees = {dtype: cast(params, config, dtype) for dtype in ("float32", "bfloat16")}
@@ -73,6 +77,7 @@ def compare_modes(params: Params, config: ModelConfig, tokens_BT: np.ndarray) ->
         path, dtype = side
         tree, dtyped = trees[dtype]
         seen[side] = observe(tree, dtyped, tokens_BT, ones_BT, path)
+        _require_finite(seen[side], f"{path}, {dtype}", config)
     result = {}
     for name, (one, other) in PAIRS.items():
         a, b = seen[one], seen[other]
@@ -87,7 +92,7 @@ def compare_modes(params: Params, config: ModelConfig, tokens_BT: np.ndarray) ->
             p = next_logprobs(logits(trees[one[1]][0], a.final_BTD, dtype), tokens_BT)
             q = next_logprobs(logits(trees[other[1]][0], b.final_BTD, truth), tokens_BT)
             gap = np.abs(p - q)
-            heads[dtype] = Head(_pearson(np.exp(p), np.exp(q)), float(gap.max()), float(gap.mean()))
+            heads[dtype] = Head(pearson(np.exp(p), np.exp(q)), float(gap.max()), float(gap.mean()))
         result[name] = Comparison(errors, largest, heads)
     return result
 
@@ -124,7 +129,8 @@ def with_loud_channel(params: Params, gain: float) -> Params:
     }
 
 
-def _pearson(p: np.ndarray, q: np.ndarray) -> float:
-    p, q = p - p.mean(), q - q.mean()
-    scale = float(np.sqrt((p * p).sum() * (q * q).sum()))
-    return float((p * q).sum()) / scale if scale != 0 else 1.0  # NaN stays NaN
+def _require_finite(seen: Observation, side: str, config: ModelConfig) -> None:
+    places = [*(f"layer {i} ({kind})" for i, kind in enumerate(config.kinds)), "the last norm", "the head"]
+    for place, x in zip(places, (*seen.output_LBTD, seen.final_BTD, seen.logits_BTV), strict=True):
+        if not np.isfinite(np.asarray(x, np.float64)).all():
+            raise UserError(f"{side}: the output of {place} is not finite, so nothing can be compared")

@@ -4,6 +4,7 @@ The recorded numbers of m1_tiny are cut to one sequence of 48 tokens: it is caus
 run takes more than a second once the programs are compiled.
 """
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from experiments import cli
 from experiments.compare_layers import __main__ as entry
 from experiments.compare_layers import goldens, modes
+from m1jax.model.observe import Observation
 from tests.model.golden import GOLDENS, config, numbers
 
 M1 = GOLDENS / "m1_tiny"
@@ -211,6 +213,10 @@ def test_a_gradient_that_is_off_is_noticed(capsys, tmp_path):
     what, path, error, tolerance, count = offender(said)
     assert (code, what, path) == (1, f"layer 2 (softmax), gradient of {name}", "training")
     assert (error, tolerance, count) == (pytest.approx(3e-4, rel=0.1), 1e-4, 1)
+    gradients[name][3, 5] = np.nan
+    save_file(gradients, tmp_path / "odd.safetensors")
+    code, said = check(capsys, tmp_path, arrays, folder, f"--gradients={tmp_path / 'odd.safetensors'}")
+    assert code == 1 and offender(said)[0] == what and np.isnan(offender(said)[2])
 
 
 @pytest.mark.parametrize(
@@ -291,40 +297,144 @@ def test_arrays_without_their_inputs_are_named(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden": lambda x: x[:5]}, "hidden has 5 layers, the model has 8"),
-        ({"hidden": lambda x: x[..., :7]}, "hidden[0] has shape (1, 25, 7), the model gives (1, 25, 40)"),
-        ({"logits": lambda x: x[:, :7]}, "logits has shape (1, 7, 256), the model gives (1, 25, 256)"),
-        ({"logprobs": lambda x: x[0]}, "logprobs has shape (47,), the model gives (1, 47)"),
-        ({"router_ids": lambda x: x[..., :1]}, "router_ids has shape (1, 48, 1), the model gives (1, 48, 2)"),
-        ({"positions": lambda x: x + 40}, "positions run to 72, input_ids has 48 tokens"),
-        ({"input_ids": lambda x: x[0]}, "input_ids"),
-        ({"input_ids": lambda x: x + 256}, "input_ids"),
-        ({"hidden": lambda x: x[0, 0, 0, 0]}, "hidden"),
-        ({"logits": lambda x: x[0, 0]}, "logits"),
-        ({"router_margin": lambda x: x[..., :5]}, "router_margin"),
+        ({"hidden": lambda x: x[:5]}, "hidden has shape (5, 1, 25, 40), expected (8, 1, 25, 40) or (8, 1, 48, 40)"),
+        ({"hidden": lambda x: x[..., :7]}, "hidden has shape (8, 1, 25, 7), expected (8, 1, 25, 40) or (8, 1, 48, 40)"),
+        ({"logits": lambda x: x[:, :7]}, "logits has shape (1, 7, 256), expected (1, 25, 256) or (1, 48, 256)"),
+        ({"logprobs": lambda x: x[0]}, "logprobs has shape (47,), expected (1, 47)"),
+        ({"router_ids": lambda x: x[..., :1]}, "router_ids has shape (8, 1, 48, 1), expected (8, 1, 48, 2)"),
+        ({"positions": lambda x: x + 40}, "positions run from 40 to 72, input_ids has 48 tokens"),
+        ({"positions": lambda x: x - 1}, "positions run from -1 to 31, input_ids has 48 tokens"),
+        ({"positions": lambda x: x[None]}, "positions has shape (1, 25), expected (positions,)"),
+        ({"input_ids": lambda x: x[0]}, "input_ids has shape (48,), expected (rows, tokens) with at least one token"),
+        ({"input_ids": lambda x: x[:, :0]}, "input_ids has shape (1, 0), expected (rows, tokens) with at least one"),
+        ({"input_ids": lambda x: x - 300}, "input_ids holds the id -"),
+        ({"input_ids": lambda x: x * 0.5}, "input_ids holds float64, expected integers"),
+        ({"hidden": lambda x: x.astype(str)}, "hidden holds <U"),
+        ({"input_ids": lambda x: x * 0 + 256}, "input_ids holds the id 256, expected ids from 0 to 255"),
+        ({"hidden": lambda x: x[0, 0, 0, 0]}, "hidden has shape (), expected (8, "),
+        ({"logits": lambda x: x[0, 0]}, "logits has shape (256,), expected (1, "),
+        ({"router_margin": lambda x: x[..., :5]}, "router_margin has shape (8, 1, 5), expected (8, 1, 48)"),
     ],
 )
 def test_a_wrong_shape_is_one_line(changes, message, capsys, tmp_path):
     arrays = recorded("input_ids", "positions", *SEQUENCE)
     arrays |= {name: change(arrays[name]) for name, change in changes.items()}
     code, said = check(capsys, tmp_path, arrays)
-    assert (code, said.err.count("\n")) == (2, 1) and said.err.startswith(f"error: goldens: {message}"), said.err
+    assert (code, said.err.count("\n")) == (2, 1) and said.err.startswith(
+        f"error: {tmp_path / 'numbers.npz'}: {message}"
+    ), said.err
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"padded_logits": lambda x: x[:, :7]}, "padded_logits has shape (3, 7, 256), the model gives (3, 48, 256)"),
-        ({"padded_states": lambda x: x[:3]}, "padded_states has shape (3, 3, 4, 16, 16), the model gives (7, 3, 4, 16"),
-        ({"padded_attention_mask": lambda x: x[:, :7]}, "padded_attention_mask"),
-        ({"padded_attention_mask": lambda x: x * 0}, "padded_attention_mask"),
+        ({"padded_logits": lambda x: x[:, :7]}, "padded_logits has shape (3, 7, 256), expected (3, 48, 256)"),
+        ({"padded_states": lambda x: x[:3]}, "padded_states has shape (3, 3, 4, 16, 16), expected (7, 3, 4, 16, 16)"),
+        ({"padded_attention_mask": lambda x: x[:, :7]}, "padded_attention_mask has shape (3, 7), expected (3, 48)"),
+        ({"padded_attention_mask": lambda x: x * 0}, "padded_attention_mask: expected 1 at tokens"),
+        ({"padded_attention_mask": lambda x: x * 2}, "padded_attention_mask: expected 1 at tokens"),
     ],
 )
 def test_a_wrong_padded_batch_is_one_line(changes, message, capsys, tmp_path):
     arrays = recorded(*INPUTS["padded_logits"])
     arrays |= {name: change(arrays[name]) for name, change in changes.items()}
     code, said = check(capsys, tmp_path, arrays)
-    assert (code, said.err.count("\n")) == (2, 1) and said.err.startswith(f"error: goldens: {message}"), said.err
+    assert (code, said.err.count("\n")) == (2, 1) and said.err.startswith(
+        f"error: {tmp_path / 'numbers.npz'}: {message}"
+    ), said.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"greedy_ids": lambda x: x[None]}, "greedy_ids has shape (1, 32), expected at least one: (tokens,)"),
+        ({"greedy_ids": lambda x: x[:0]}, "greedy_ids has shape (0,), expected at least one: (tokens,)"),
+        ({"greedy_logprobs": lambda x: x[:5]}, "greedy_logprobs has shape (5,), expected (32,) as greedy_ids has"),
+        ({"greedy_prompt": lambda x: x[:0]}, "greedy_prompt has shape (0,), expected (tokens,) with at least one"),
+        ({"greedy_prompt": lambda x: x[None]}, "greedy_prompt has shape (1, 100), expected (tokens,)"),
+        ({"grad_input_ids": lambda x: x[0]}, "grad_input_ids has shape (128,), expected (rows, tokens)"),
+        ({"grad_input_ids": lambda x: x[:, :1]}, "grad_input_ids: expected rows of at least 2 tokens"),
+        ({"grad_input_ids": lambda x: x + 256}, "grad_input_ids holds the id "),
+        ({"loss": lambda x: x[None]}, "loss has shape (1,), expected ()"),
+    ],
+)
+def test_a_wrong_continuation_or_loss_is_one_line(changes, message, capsys, tmp_path):
+    arrays = recorded(*INPUTS["greedy_ids"], *INPUTS["loss"])
+    arrays |= {name: change(arrays[name]) for name, change in changes.items()}
+    code, said = check(capsys, tmp_path, arrays)
+    assert (code, said.err.count("\n")) == (2, 1), said.err
+    assert said.err.startswith(f"error: {tmp_path / 'numbers.npz'}: {message}"), said.err
+
+
+def test_arrays_without_values_are_not_checked(capsys, tmp_path):
+    """No positions are stored: nothing passes; beside something that was compared they are named."""
+    arrays = recorded("input_ids", "positions", "logits", "hidden")
+    arrays |= {"positions": arrays["positions"][:0], "logits": arrays["logits"][:, :0]}
+    arrays["hidden"] = arrays["hidden"][:, :, :0]
+    code, said = check(capsys, tmp_path, arrays)
+    assert code == 2 and "nothing in it could be checked" in said.err
+    assert "not checked: logits by packed: nothing is left to compare, it holds no values" in said.out.splitlines()
+    code, said = check(capsys, tmp_path, arrays | recorded("logprobs"))
+    assert code == 0 and said.out.endswith("\nall 4 checks within tolerance; nothing was left of hidden, logits\n")
+
+
+def test_a_tie_hides_no_wrong_choice_beside_it(capsys, tmp_path):
+    arrays = recorded("input_ids", "router_ids", "router_margin")
+    arrays["router_ids"][0, 0] = (arrays["router_ids"][0, 0] + 1) % 4
+    arrays["router_margin"][0, 0, 0] = 0
+    code, said = check(capsys, tmp_path, arrays)
+    assert code == 1 and offender(said)[0] == "layer 0 (lightning), router_ids"
+
+
+def test_what_the_model_has_not_is_named(capsys, tmp_path):
+    """Choices of experts for a dense model; a margin without the choices it belongs to."""
+    llama = {"input_ids": numbers("llama_tiny_tied")["input_ids"], "logits": numbers("llama_tiny_tied")["logits"]}
+    routed = recorded("router_ids", "router_weights", "router_margin", "states")
+    code, said = check(capsys, tmp_path, llama | routed, GOLDENS / "llama_tiny_tied")
+    told = {f"not checked: {name}: the model routes nothing" for name in routed if name != "states"}
+    assert code == 0 and told | {"not checked: states: the model has no lightning layers"} < set(said.out.splitlines())
+    code, said = check(capsys, tmp_path, recorded("input_ids", "positions", "logprobs", "router_margin"))
+    assert code == 0 and "not checked: router_margin: needs router_ids" in said.out.splitlines()
+
+
+def test_the_tolerance_of_hidden_states_grows_with_the_activations():
+    """A last layer of thousands in float32 is rounded by more than 1e-4; the base stays for small ones."""
+    shape = (1, 1, 4, 2)
+    decoder = dataclasses.replace(config("llama_tiny_tied"), num_layers=1)
+    for largest, tolerance in ((10.0, 1e-4), (1000.0, 5e-3)):
+        hidden = np.full(shape, largest)
+        ours = Observation(hidden, None, None, None, None)
+        arrays = {"input_ids": np.zeros((1, 4), int), "hidden": hidden + 0.9 * tolerance}
+        (found,) = goldens._sequence_checks(ours, arrays, decoder, "chunked")
+        assert found.ok and found.tolerance == pytest.approx(tolerance, rel=0.01)
+        arrays["hidden"][0, 0, 2, 1] = np.inf
+        assert not goldens._sequence_checks(ours, arrays, decoder, "chunked")[0].ok
+
+
+def test_the_table_by_layer_shows_relative_errors(capsys, tmp_path):
+    arrays = recorded("input_ids", "positions", "hidden", "logits")
+    arrays["hidden"][5, 0, 20, 3] += 0.1 * np.abs(arrays["hidden"][5]).max()
+    arrays["logits"] = arrays["logits"][:, ::-1]
+    code, said = check(capsys, tmp_path, arrays)
+    rows = [line.split() for line in said.out.splitlines() if line.startswith("    layer ")]
+    errors, largest = ([float(row[i]) for row in rows] for i in (3, 4))
+    assert code == 1 and len(rows) == 8 and max(errors[:5] + errors[6:]) < 1e-5 < 0.05 < errors[5] < 0.11
+    assert largest[0] == pytest.approx(np.abs(arrays["hidden"][0]).max(), rel=0.01)
+    (line,) = (line for line in said.out.splitlines() if line.startswith("    chunked: correlation of token"))
+    assert "(logits)" in line and float(line.split()[-1]) < 0.9
+
+
+def test_a_folder_of_half_precision_is_read_wide(capsys, tmp_path):
+    """Float16 and a mixture of dtypes, which are stored nowhere else here."""
+    folder = shutil.copytree(
+        GOLDENS / "llama_tiny_tied", tmp_path / "m", ignore=shutil.ignore_patterns("grads", "*.npz")
+    )
+    tensors = load_file(folder / "model.safetensors")
+    half = {name: x.astype(np.float16) if i % 2 else x for i, (name, x) in enumerate(tensors.items())}
+    save_file(half, folder / "model.safetensors")
+    arrays = {name: numbers("llama_tiny_tied")[name] for name in ("input_ids", "logprobs")}
+    code, said = check(capsys, tmp_path, arrays, folder)
+    assert code == 1 and 1e-4 < offender(said)[2] < 0.1, said
 
 
 def damaged(path: Path, kind: str) -> Path:
@@ -368,16 +478,21 @@ def test_a_file_that_cannot_be_read_is_one_line(kind, message, capsys, tmp_path)
     [
         (
             lambda g: {"model.norm.weight": g["model.norm.weight"]},
-            "lm_head.weight is on one side only (154 such names)",
+            "lm_head.weight is missing (154 such names); expected one gradient for every weight",
         ),
-        (lambda g: None, ""),
+        (lambda g: g | {"odd": g["lm_head.weight"]}, "odd is of no weight of the model (1 such names)"),
+        (
+            lambda g: g | {"lm_head.weight": g["lm_head.weight"][:5]},
+            "lm_head.weight has shape (5, 40), expected (256, 40)",
+        ),
+        (lambda g: None, "not a safetensors file, or a damaged one ("),
     ],
 )
 def test_gradients_that_are_not_the_models(change, message, capsys, tmp_path):
     file = tmp_path / "g.safetensors"
     changed = change(load_file(M1 / "grads" / "grads.safetensors"))
     if changed is None:
-        file.write_bytes(b"not safetensors at all")
+        file.write_bytes((M1 / "grads" / "grads.safetensors").read_bytes()[:-100])
     else:
         save_file(changed, file)
     code, said = check(capsys, tmp_path, recorded(*INPUTS["loss"]), M1, f"--gradients={file}")
@@ -395,6 +510,15 @@ def test_gradients_that_are_not_the_models(change, message, capsys, tmp_path):
         (["--hf=nothing"], "nothing: no such folder"),
         (["--random=huge"], "--model: 'huge' is not in configs/models.py"),
         ([f"--hf={GOLDENS / 'llama_tiny_tied'}", "--head_gain=2"], "--head_gain: the head of this model is its embedd"),
+        ([f"--hf={M1}", "--gradients=x"], "--gradients: they belong to recorded numbers; give --goldens=FILE.npz too"),
+        (["--random=tiny", "--seed=-1"], "--seed=-1: expected a number from 0 to "),
+        (["--random=tiny", "--head_gain=nan"], "--head_gain=nan: expected a finite number"),
+        ([f"--hf={M1}", f"--out={GOLDENS}"], f"--out={GOLDENS}: is a folder; give the name of a file"),
+        ([f"--hf={M1}", f"--out={__file__}/x.png"], f"--out={__file__}/x.png: cannot be written"),
+        *(
+            ([f"--hf={M1}", "--goldens=x.npz", f"--{name}=2"], f"--{name}: is of two modes of one model")
+            for name in ("rows", "tokens", "seed", "head_gain")
+        ),
         (["--golden=x"], "unrecognized arguments: --golden=x"),
     ],
 )
@@ -423,17 +547,28 @@ EXACT, ROUNDED, TRUTH = (
 )
 
 
-def test_modes_show_rounding_and_a_loud_channel_shows_in_the_bfloat16_head(capsys, tmp_path, observed):
+def test_modes_show_rounding_and_a_loud_channel_shows_in_the_bfloat16_head(capsys, tmp_path, monkeypatch, observed):
     """Float32 paths agree to its rounding (2^-24 = 6e-8 a step), bfloat16 ones to theirs (2^-9 = 2e-3 a step).
 
     A channel that is 1000 times louder adds a thousand times as much to all logits alike, and a bfloat16 head, which
     rounds the sum, loses what tells the tokens apart; a float32 head does not.
     """
     argv = [f"--hf={GOLDENS / 'm1_kernel'}", "--rows=2", "--tokens=24", f"--out={tmp_path / 'o.png'}"]
+    heads, real = [], modes.logits
+
+    def watched(params, x, dtype):
+        heads.append((str(params["embedding"].dtype), dtype))
+        return real(params, x, dtype)
+
+    monkeypatch.setattr(modes, "logits", watched)
     code, said = call(capsys, *argv)
     plain = table(said.out)
     assert code == 0 and is_png(tmp_path / "o.png") and said.out.endswith(f"\nplot: {tmp_path / 'o.png'}\n")
     assert set(observed) == {(p, d) for p in ("chunked", "decode") for d in ("float32", "bfloat16")}
+    # Weights and head of either side: the two have the same head, but float32 as the truth keeps its own.
+    f, b = "float32", "bfloat16"
+    expected = [[(w, h)] * 2 for w in (f, b) for h in (f, b)] + [[(b, f), (f, f)], [(b, b), (f, f)]]
+    assert heads == [side for pair in expected for side in pair]
     places = ["layer 0 (lightning)", "layer 1 (softmax)", "head's input"]
     for name in (EXACT, ROUNDED, TRUTH):
         assert list(plain[name]) == [*places, "float32 head", "bfloat16 head", "culprit"], name
@@ -453,12 +588,40 @@ def test_modes_show_rounding_and_a_loud_channel_shows_in_the_bfloat16_head(capsy
         assert loud[name]["culprit"] == "head in bfloat16"
 
 
+def test_outputs_that_are_not_finite_are_not_compared(capsys, tmp_path):
+    folder = shutil.copytree(GOLDENS / "m1_kernel", tmp_path / "m", ignore=shutil.ignore_patterns("*.npz"))
+    weight = "model.layers.1.self_attn.o_proj.weight"
+    (file,) = (file for file in folder.glob("*.safetensors") if weight in load_file(file))
+    tensors = load_file(file)
+    save_file(tensors | {weight: tensors[weight] * np.float32(np.nan)}, file)
+    code, said = call(capsys, f"--hf={folder}", "--rows=2", "--tokens=24", f"--out={tmp_path / 'o.png'}")
+    assert (code, said.err.count("\n")) == (2, 1) and not (tmp_path / "o.png").exists()
+    assert re.search(r"^error: \w+, \w+: the output of layer 1 \(softmax\) is not finite", said.err), said.err
+
+
+def test_correlation():
+    rng = np.random.default_rng(0)
+    p = rng.random(50)
+    assert goldens.pearson(p, 2 * p + 1) == pytest.approx(1) and goldens.pearson(p, -p) == pytest.approx(-1)
+    assert abs(goldens.pearson(p, rng.random(50))) < 0.5
+    for odd in (np.full(50, np.nan), np.full(50, 0.3), np.where(p < 0.5, p, np.nan)):
+        assert np.isnan(goldens.pearson(p, odd)) and np.isnan(goldens.pearson(odd, p))
+
+
 @pytest.mark.slow
 def test_random_weights_take_a_name_and_a_seed(capsys, tmp_path, monkeypatch):
+    """On given tokens, so that it is the weights that differ; the tokens have the same seed."""
+    seeds = []
+
+    def tokens(params, config, rows, length, seed):
+        seeds.append(seed)
+        return np.arange(rows * length).reshape(rows, length)
+
+    monkeypatch.setattr(modes, "sampled_tokens", tokens)
     monkeypatch.setattr(cli, "named_model", {"small": config("m1_kernel")}.__getitem__)
     argv = ["--random=small", "--rows=2", "--tokens=24", f"--out={tmp_path / 'o.png'}"]
     outputs = [call(capsys, *argv, f"--seed={seed}")[1].out for seed in (0, 0, 1)]
-    assert outputs[0] == outputs[1] != outputs[2]
+    assert outputs[0] == outputs[1] != outputs[2] and seeds == [0, 0, 1]
 
 
 def test_a_loud_channel_changes_no_probability_in_exact_arithmetic():
