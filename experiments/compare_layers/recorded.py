@@ -39,6 +39,7 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
     except (AttributeError, TypeError, ValueError) as error:  # the first two: a single array, as np.save writes it
         reason = str(error) if isinstance(error, ValueError) else "one array without a name; use np.savez"
         raise UserError(f"{file}: not an .npz file of arrays ({reason})") from error
+    # NotImplementedError is what zipfile raises for a compression or an encryption that it does not know.
     except (OSError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{file}: not an .npz file of arrays ({error})") from error
 
