@@ -65,8 +65,8 @@ def run(main: Callable[[Arguments], None], memory: str = MICRO_BATCH) -> NoRetur
 
 
 def exit_with(main: Callable[[list[str]], None], memory: str = MICRO_BATCH, uses_jax: bool = True) -> NoReturn:
-    """As `run`, for an entry point that reads its own flags."""
-    sys.exit(guard(lambda: main(sys.argv[1:]), _command(sys.argv[1:]), memory, uses_jax))
+    """As `run`, for an entry point that reads its own flags and has nothing to resume."""
+    sys.exit(guard(lambda: main(sys.argv[1:]), "", memory, uses_jax))
 
 
 def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH, uses_jax: bool = True) -> int:
@@ -74,7 +74,7 @@ def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH,
 
     Args:
         body: what to run.
-        resume: the command that continues it.
+        resume: the command that continues it; "" where nothing does.
         memory: what to lower where memory runs out.
         uses_jax: False leaves JAX alone, whose import alone takes longer than some entry points do.
     """
@@ -86,7 +86,7 @@ def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH,
     except Interrupted as stop:
         return _say(f"stopped and saved; resume with: {resume}", stop.exit_code)
     except KeyboardInterrupt:
-        return _say(f"stopped at once; resume from the last checkpoint with: {resume}", 130)
+        return _say("stopped" + f" at once; resume from the last checkpoint with: {resume}" * bool(resume), 130)
     except UserError as error:
         return _say(f"error: {error}", 2)
     except NonFinite as error:

@@ -65,7 +65,9 @@ def config_of(values: Mapping[str, Any], model: Pretrained, log: Callable[[str],
     config = build(RLConfig, {**values, "model": network, "init_from": str(model.path)})
     if differences(model.config, asked):
         log(f"config.model is another network; the one of {model.path} is evaluated")
-    theirs, ours = model.tokenizer, config.tokenizer.path
+    # A run keeps a copy of its tokenizer; the name it was given is in its config.
+    named = model.meta.get("config", {}).get("tokenizer", {}).get("path")
+    theirs, ours = model.tokenizer if named is None else named, config.tokenizer.path
     if theirs is not None and Path(theirs).resolve() != Path(ours).resolve():
         log(f"config.tokenizer.path is {ours or 'that of bytes'}; {model.path} names {theirs or 'that of bytes'}")
     return config
@@ -85,7 +87,7 @@ def answer_heldout(config: RLConfig, model: Pretrained) -> list[Answered]:
     with open_scorer(config, questions) as scorer:
         engine = local_engine(config, questions, mesh)
         step = int(model.meta.get("step", 0))
-        engine.set_weights(jax.device_put(model.load(replicated(mesh)), replicated(mesh)), step)
+        engine.set_weights(model.load(replicated(mesh)), step)
         seed = noise_seed(jax.random.split(jax.random.key(config.seed))[1])  # the key that a run of it starts with
         score = partial(scorer.score_heldout, step)
         return evaluate(engine, questions.heldout, config.evaluation.sampling, seed, score)

@@ -13,9 +13,9 @@ about it to stderr; Ctrl-C ends the answer.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -60,14 +60,7 @@ class Form:
 
 
 def main(argv: Sequence[str]) -> None:
-    try:
-        generate(parse(argv))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # the reader has left; Python's own flush at the end would trip over it once more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+    generate(parse(argv))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -163,6 +156,8 @@ def open_form(model: Any, arguments: argparse.Namespace) -> Form:
     template = arguments.template
     if template is None:
         template = own.get("chat_template", "") if own else "tokenizer" if tokenizer.chat_template else ""
+        if template and tokenizer.chat_template and arguments.tokenizer is None:  # a run keeps it with its tokenizer
+            template = "tokenizer"
     system = own.get("system_prompt", "") if arguments.system is None else arguments.system
     return Form(tokenizer, frozenset(stop_ids), None if arguments.complete else template, system, bool(adds_bos))
 
@@ -184,16 +179,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def load(model: Any, dtype: str) -> tuple[Params, Any]:
     """(params on the first device, config); `dtype` holds for a checkpoint too."""
-    import jax
-    import jax.numpy as jnp
-
-    from m1jax.model import transformer
     from m1jax.weights.hf_folder import with_dtype
 
     config = with_dtype(model.config, dtype) if dtype else model.config
-    wanted = jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))  # router gates: float32
-    with jax.default_device(jax.devices()[0]):
-        return jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), model.load(), wanted), config
+    return dataclasses.replace(model, config=config).load(), config
 
 
 class Speaker:
@@ -250,26 +239,34 @@ class Text:
     """
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
-        self._tokenizer, self._ids = tokenizer, list(before)
-        self._skip = len(tokenizer.decode(self._ids))
+        self._tokenizer, self._ids, self._skip = tokenizer, list(before), 0
+        self._forget()
         self.shown = ""
 
     def add(self, token: int) -> str:
         """What can be printed now that this token has come."""
         self._ids.append(token)
-        return self._show(self._decode().rstrip("\ufffd"))
+        text = self._tokenizer.decode(self._ids)
+        new = self._show(text.rstrip("\ufffd"))
+        if len(text) == self._skip:  # nothing waits
+            self._forget()
+        return new
 
     def rest(self) -> str:
         """What is left at the end, broken characters included."""
-        return self._show(self._decode())
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids)[self._skip :]
+        return self._show(self._tokenizer.decode(self._ids))
 
     def _show(self, text: str) -> str:
-        new = text[len(self.shown) :]
+        new = text[self._skip :]
+        self._skip += len(new)
         self.shown += new
         return new
+
+    def _forget(self) -> None:
+        """Keep a few ids as context: to decode all of them for every token would take quadratic time."""
+        if len(self._ids) > 64:
+            self._ids = self._ids[-16:]
+        self._skip = len(self._tokenizer.decode(self._ids))
 
 
 def stdin_lines() -> Iterator[str]:

@@ -54,7 +54,7 @@ def render_conversation(
     """
     if template:
         roles = tuple(message["role"] for message in messages)
-        pieces = _layout(_template_text(template, tokenizer), template, system, roles, _names(tokenizer))
+        pieces = _layout(template_text(template, tokenizer), template, system, roles, _names(tokenizer))
     elif len(messages) == 1:
         pieces = f"{tokenizer.bos_token or ''}{system}{system and chr(10)}", "\n"
     else:
@@ -93,7 +93,12 @@ def _one_bos(ids: list[int], tokenizer: Tokenizer, template: str) -> list[int]:
     )
 
 
-def _template_text(template: str, tokenizer: Tokenizer) -> str:
+def template_text(template: str, tokenizer: Tokenizer) -> str:
+    """The Jinja source of a template that is not the plain form.
+
+    Raises:
+        UserError: there is no such file, or the tokenizer carries none.
+    """
     if template == "tokenizer":
         if not isinstance(tokenizer.chat_template, str):
             raise UserError('template "tokenizer": this tokenizer carries no chat template; give the path of one')

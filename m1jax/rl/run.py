@@ -21,6 +21,7 @@ from m1jax.config import to_dict
 from m1jax.data.chat import render
 from m1jax.data.problems import TrainProblems, heldout, majority_share, parse_mix, parse_tasks
 from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
+from m1jax.data.tokenizer_files import save_tokenizer
 from m1jax.errors import NonFinite, UserError
 from m1jax.rewards.grader import Grader
 from m1jax.rewards.score import score_responses
@@ -35,7 +36,7 @@ from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
 from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
 from m1jax.train.optimizer import make_optimizer
-from m1jax.train.pretrained import init_params
+from m1jax.train.pretrained import HUGGINGFACE, init_params
 from m1jax.train.state import TrainState, init_state
 from m1jax.types import Engine, Params, Prompt, Rollout, Task
 
@@ -306,6 +307,7 @@ def open_run(
     optimizer = make_optimizer(config.optimizer)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
+    save_tokenizer(config.tokenizer, folder / HUGGINGFACE)
     with ExitStack() as stack:
         clock = Clock()
         stack.callback(clock.close)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import signal
 import time
@@ -26,6 +25,7 @@ import numpy as np
 
 from m1jax.config import to_dict
 from m1jax.data.tokenizer import load_tokenizer
+from m1jax.data.tokenizer_files import TOKENIZER_FILES, write_json
 from m1jax.errors import UserError
 from m1jax.model.config import ModelConfig
 from m1jax.train.checkpoint import STATE, is_disk_full, seal
@@ -37,7 +37,6 @@ from m1jax.weights.hf_config import MAX_POSITIONS, from_hf, to_hf
 from m1jax.weights.hf_folder import (
     CONFIG,
     GENERATION,
-    TOKENIZER_FILES,
     Source,
     hf_bytes,
     read_json,
@@ -173,7 +172,7 @@ def _to_checkpoint(model: Pretrained, config: ModelConfig, folder: Path, tick: P
             (CONFIG, gguf.hf_config), (GENERATION, gguf.generation_config),
             ("tokenizer.json", gguf.tokenizer_json), ("tokenizer_config.json", gguf.tokenizer_config),
         ):  # fmt: skip
-            _write_json(files / name, values)
+            write_json(files / name, values)
 
 
 class _Pieces:
@@ -206,7 +205,7 @@ def _to_hf(model: Pretrained, config: ModelConfig, folder: Path, log: Callable[[
         shutil.copyfile(model.tokenizer, folder / "tokenizer.json")
         copied.append("tokenizer.json")
     if GENERATION not in copied:
-        _write_json(folder / GENERATION, _generation_config(model))
+        write_json(folder / GENERATION, _generation_config(model))
     if not any(name.startswith("tokenizer") for name in copied):
         log("no tokenizer file to copy: the model was trained on bytes, or nothing is known of its tokenizer")
 
@@ -239,7 +238,3 @@ def _generation_config(model: Pretrained) -> dict[str, Any]:
         if tokenizer.bos_id is not None:
             values["bos_token_id"] = tokenizer.bos_id
     return values
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

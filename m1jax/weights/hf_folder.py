@@ -25,10 +25,6 @@ from m1jax.weights.hf_config import MODEL_TYPES, from_hf
 from m1jax.weights.hf_names import IGNORED, HFTensor, hf_tensors, tensor_dtype
 
 CONFIG, INDEX, GENERATION = "config.json", "model.safetensors.index.json", "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 _NUMPY = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F64": np.dtype(np.float64),
           "F16": np.dtype(np.float16)}  # fmt: skip

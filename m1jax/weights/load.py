@@ -34,14 +34,7 @@ def load_params(
         shardings: one sharding for all leaves, or a tree of them; None is the first device.
         progress: called with the bytes of every tensor read.
     """
-    shapes = leaf_shapes(config)
-    if shardings is None:
-        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    if isinstance(shardings, jax.sharding.Sharding):
-        by_leaf = dict.fromkeys(shapes, shardings)
-    else:
-        by_leaf = {tuple(k.key for k in path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
-    targets = {leaf: _Target(shape, dtype, by_leaf[leaf]) for leaf, (shape, dtype) in shapes.items()}
+    targets = {leaf: _Target(*target) for leaf, target in leaf_targets(config, shardings).items()}
     for tensor in hf_tensors(config):
         target = targets[tensor.leaf]
         if target.holds(tensor.index):
@@ -49,6 +42,20 @@ def load_params(
             progress(array.nbytes)
             target.put(tensor.index, tensor.to_ours(array))
     return unflatten({leaf: target.finish() for leaf, target in targets.items()})
+
+
+def leaf_targets(
+    config: ModelConfig, shardings: Any = None
+) -> dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype, jax.sharding.Sharding]]:
+    """Shape, dtype and sharding of every leaf, by path; `shardings` as in `load_params`."""
+    shapes = leaf_shapes(config)
+    if shardings is None:
+        shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    if isinstance(shardings, jax.sharding.Sharding):
+        by_leaf = dict.fromkeys(shapes, shardings)
+    else:
+        by_leaf = {tuple(k.key for k in path): s for path, s in jax.tree_util.tree_leaves_with_path(shardings)}
+    return {leaf: (shape, dtype, by_leaf[leaf]) for leaf, (shape, dtype) in shapes.items()}
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -199,7 +199,8 @@ def form(tmp_path: Path, own: dict | None = None, *words: str, eos=2, chat: str 
 def test_the_form_is_the_runs_else_the_tokenizers_else_plain(tmp_path):
     said = lambda f: (f.template, f.system, set(f.stop_ids))  # noqa: E731
     own = {"path": "p", "chat_template": "mine", "system_prompt": "S", "stop_tokens": ["</answer>"]}
-    assert said(form(tmp_path, own, chat="c")) == ("mine", "S", {6})
+    assert said(form(tmp_path, own)) == ("mine", "S", {6})
+    assert said(form(tmp_path, own, chat="c")) == ("tokenizer", "S", {6})  # where a run keeps its own template
     assert said(form(tmp_path, {**own, "chat_template": "", "stop_tokens": []}, chat="c")) == ("", "S", {2})
     assert said(form(tmp_path, chat="c", eos=[2, 4])) == ("tokenizer", "", {2, 4})
     assert said(form(tmp_path)) == ("", "", {2})

@@ -15,13 +15,17 @@ import pytest
 from safetensors.numpy import load_file
 
 from m1jax.config import to_dict
+from m1jax.data.tokenizer import load_tokenizer
 from m1jax.errors import UserError
 from m1jax.model import transformer
+from m1jax.rl.loop import train
 from m1jax.train import convert as convert_module
 from m1jax.train.checkpoint import Checkpoints, restore_params
 from m1jax.train.convert import convert
 from m1jax.train.pretrained import differences, find_pretrained, init_params
+from m1jax.weights.hf_folder import HFFolder
 from m1jax.weights.load import load_params
+from tests import runs
 from tests.model.golden import GOLDENS, NAMES, config
 
 ROOT = Path(__file__).parents[2]
@@ -221,3 +225,46 @@ def test_a_full_disk_takes_one_line_and_leaves_nothing(direction, tmp_path):
         convert(source, tmp_path / "target", log=quiet, progress=lambda total: full)
     assert [p.name for p in tmp_path.iterdir()] == ["ours"] * (direction == "out")
     gc.collect()  # what the writer left half done speaks up here and not in another test
+
+
+def test_a_run_and_its_export_know_their_tokenizer_and_form_from_anywhere(tmp_path, monkeypatch):
+    """The tokenizer that the config names is gone, as it is for whoever stands in another working directory."""
+    (tmp_path / "form.jinja").write_text("{{ bos_token }}Q {{ messages[-1]['content'] }}")
+    form = {"chat_template": str(tmp_path / "form.jinja"), "stop_tokens": ["</answer>", "<eos>"]}
+    settings = runs.rl_config(tmp_path, tokenizer={"path": runs.tokenizer(tmp_path), **form}, steps=0)
+    train(settings, tmp_path / "run", engine=runs.ScriptedEngine(), log=quiet)
+    (tmp_path / "tokenizer.json").unlink()
+    monkeypatch.chdir(tmp_path / "run")
+    exported = convert(tmp_path / "run", tmp_path / "out", log=quiet)
+    for found in (find_pretrained(tmp_path / "run"), find_pretrained(exported)):
+        assert found.tokenizer is not None
+        tokenizer = load_tokenizer(found.tokenizer)
+        assert tokenizer.chat_template == "{{ bos_token }}Q {{ messages[-1]['content'] }}"
+        assert (tokenizer.bos_token, tokenizer.eos_token) == ("<bos>", "<eos>")
+    assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == [6, 2]
+
+
+def test_a_checkpoint_is_loaded_in_the_dtype_and_onto_the_devices_asked_for(tmp_path):
+    """From a run's checkpoint, whose leaves are whole, and from a converted one, whose leaves lie in pieces."""
+    convert(GOLDENS / "m1_tiny", tmp_path / "ours", log=quiet)
+    source = load_params(HFFolder(GOLDENS / "m1_tiny"), config())
+    with Checkpoints(tmp_path / "saved") as checkpoints:
+        checkpoints.save(0, {"params": source}, {"config": {"model": to_dict(config())}}, wait=True)
+    for name in ("ours", "saved"):
+        model, done = find_pretrained(tmp_path / name), []
+        bfloat16 = replace(model, config=replace(model.config, param_dtype="bfloat16"))
+        loaded = bfloat16.load(jax.sharding.SingleDeviceSharding(jax.devices()[0]), done.append)
+        assert sum(done) == sum(x.nbytes for x in jax.tree.leaves(loaded))
+        assert loaded["embedding"].dtype == "bfloat16" and "float32" in {str(x.dtype) for x in jax.tree.leaves(loaded)}
+        jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(x.dtype)), loaded, source)
+
+
+def test_a_checkpoint_of_another_shape_than_its_config_is_refused(tmp_path):
+    values = to_dict(replace(config(), vocab_size=77))
+    with Checkpoints(tmp_path / "saved") as checkpoints:
+        params = load_params(HFFolder(GOLDENS / "m1_tiny"), config())
+        checkpoints.save(0, {"params": params}, {"config": {"model": values}}, wait=True)
+    with pytest.raises(
+        UserError, match=r"embedding is \(\d+, \d+\) there and \(77, \d+\) by the config.model beside it"
+    ):
+        find_pretrained(tmp_path / "saved")

@@ -178,7 +178,8 @@ def prepare(name: str, smoke: bool, folder: Path) -> Prepared:
         return learn(work, folder)
     mesh = data_mesh()
     if isinstance(work, Decode):
-        run, setting = decode(work, mesh), f"rows over {mesh.size} device(s)"
+        sizes = sorted({1, mesh.size})  # on a CPU, one device with all threads, or one device for each of them
+        runs = {f"rows over {n} device(s)": decode(work, Mesh(mesh.devices[:n], mesh.axis_names)) for n in sizes}
     else:
         meshes: dict[str, Mesh | None] = {"whole rows on one device": None}
         if mesh.size > 1 and work.rows % mesh.size == 0:
@@ -188,9 +189,8 @@ def prepare(name: str, smoke: bool, folder: Path) -> Prepared:
             for where, mesh in meshes.items()
             for scan in (True, False)
         }
-        setting = fastest(runs)
-        run = runs[setting]
-    return Prepared(run, {"parameters": count(parameters(work.model)), "setting": setting})
+    setting = fastest(runs)
+    return Prepared(runs[setting], {"parameters": count(parameters(work.model)), "setting": setting})
 
 
 def parity(policy: list, anchor: list, advantages: list, mask: list, weight_cap: float) -> dict[str, Any]:
