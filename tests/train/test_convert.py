@@ -229,7 +229,7 @@ def test_a_full_disk_takes_one_line_and_leaves_nothing(direction, tmp_path):
 
 def test_a_run_and_its_export_know_their_tokenizer_and_form_from_anywhere(tmp_path, monkeypatch):
     """The tokenizer that the config names is gone, as it is for whoever stands in another working directory."""
-    (tmp_path / "form.jinja").write_text("{{ bos_token }}Q {{ messages[-1]['content'] }}")
+    (tmp_path / "form.jinja").write_text("{{ bos_token }}={{ messages[-1]['content'] }}")
     form = {"chat_template": str(tmp_path / "form.jinja"), "stop_tokens": ["</answer>", "<eos>"]}
     settings = runs.rl_config(tmp_path, tokenizer={"path": runs.tokenizer(tmp_path), **form}, steps=0)
     train(settings, tmp_path / "run", engine=runs.ScriptedEngine(), log=quiet)
@@ -239,7 +239,7 @@ def test_a_run_and_its_export_know_their_tokenizer_and_form_from_anywhere(tmp_pa
     for found in (find_pretrained(tmp_path / "run"), find_pretrained(exported)):
         assert found.tokenizer is not None
         tokenizer = load_tokenizer(found.tokenizer)
-        assert tokenizer.chat_template == "{{ bos_token }}Q {{ messages[-1]['content'] }}"
+        assert tokenizer.chat_template == "{{ bos_token }}={{ messages[-1]['content'] }}"
         assert (tokenizer.bos_token, tokenizer.eos_token) == ("<bos>", "<eos>")
     assert json.loads((exported / "generation_config.json").read_text())["eos_token_id"] == [6, 2]
 
