@@ -81,7 +81,7 @@ class Pretrained:
         assert self.checkpoint is not None
         stored, leaves = StoredLeaves(self.checkpoint / STATE), {}
         for leaf, (shape, dtype, sharding) in leaf_targets(self.config, shardings).items():
-            read = partial(stored.read_as, leaf, dtype)
+            read: Any = partial(stored.read_as, leaf, dtype)
             leaves[leaf] = jax.make_array_from_callback(shape, sharding, read)
             progress(leaves[leaf].nbytes)
         return unflatten(leaves)
