@@ -166,8 +166,8 @@ def load_config(spec: str) -> dict[str, Any]:
     return _plain(config)
 
 
-def named_model(name: str) -> ModelConfig:
-    """The model of configs/models.py that has this name.
+def named_model(name: str, flag: str = "--model") -> ModelConfig:
+    """The model of configs/models.py that has this name, which `flag` gave.
 
     Raises:
         UserError: there is none; the line lists what there is.
@@ -176,7 +176,7 @@ def named_model(name: str) -> ModelConfig:
 
     makers = {key: value for key, value in vars(models).items() if inspect.isfunction(value)}
     if name not in makers:
-        raise UserError(f"--model: {name!r} is not in configs/models.py; it has {', '.join(sorted(makers))}")
+        raise UserError(f"{flag}: {name!r} is not in configs/models.py; it has {', '.join(sorted(makers))}")
     return build(ModelConfig, _plain(makers[name]()), f"configs/models.py {name}")
 
 

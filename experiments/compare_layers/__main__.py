@@ -2,7 +2,7 @@
 
     python -m experiments.compare_layers --hf=FOLDER                              # two modes of one model
     python -m experiments.compare_layers --hf=FOLDER --goldens=FOLDER/goldens.npz # against recorded numbers
-    python -m experiments.compare_layers --random=proxy_100m --head_gain=30       # a model with a loud head, no weights
+    python -m experiments.compare_layers --random=proxy_100m --head_gain=3000     # a model with a loud head, no weights
 
 `--hf` takes a Hugging Face folder, a .gguf file, a run folder or a checkpoint. Without goldens: the training forward
 against step decode, and bfloat16 against float32, each with a bfloat16 and a float32 head. With goldens: every array
@@ -184,7 +184,7 @@ def between_modes(arguments: argparse.Namespace) -> None:
     from m1jax.train.pretrained import find_pretrained
 
     if arguments.random:
-        config = cli.named_model(arguments.random)
+        config = cli.named_model(arguments.random, "--random")
         params = transformer.init(jax.random.key(arguments.seed), config)
     else:
         model = find_pretrained(arguments.hf, "float32")
