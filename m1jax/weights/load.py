@@ -63,18 +63,27 @@ def _write(buffer: jax.Array, piece: jax.Array, start: tuple[int, ...]) -> jax.A
     return jax.lax.dynamic_update_slice(buffer, piece, start)
 
 
+@partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _as_dtype(buffer: jax.Array, dtype: np.dtype) -> jax.Array:
+    return jax.lax.bitcast_convert_type(buffer, dtype)
+
+
 class _Target:
-    """One leaf while it fills: on every device of this process the buffer of its shard, updated in place."""
+    """One leaf while it fills: on every device of this process the buffer of its shard, updated in place.
+
+    Values of two bytes are written as integers: XLA on CPU would convert the whole of a bfloat16 buffer at every write.
+    """
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Sharding):
         self.shape, self.dtype, self.sharding = shape, dtype, sharding
+        self.bits = np.dtype(np.uint16) if dtype.itemsize == 2 else dtype
         self.shards: dict[Any, tuple[slice, ...]] = {}
         self.buffers: dict[Any, jax.Array] = {}
         for device, index in sharding.addressable_devices_indices_map(shape).items():
             slices = tuple(slice(*s.indices(n)) for s, n in zip(index or (), shape, strict=False))
             self.shards[device] = slices
             sizes = tuple(s.stop - s.start for s in slices)
-            self.buffers[device] = jnp.zeros(sizes, dtype, device=device)
+            self.buffers[device] = jnp.zeros(sizes, self.bits, device=device)
 
     def holds(self, index: tuple[int, ...]) -> bool:
         return any(self._inside(slices, index) for slices in self.shards.values())
@@ -84,13 +93,13 @@ class _Target:
         for device, slices in self.shards.items():
             if not self._inside(slices, index):
                 continue
-            piece = np.ascontiguousarray(array[slices[lead:]]).astype(self.dtype, copy=False)
+            piece = np.ascontiguousarray(array[slices[lead:]]).astype(self.dtype, copy=False).view(self.bits)
             piece = jax.device_put(piece.reshape((1,) * lead + piece.shape), device)
             start = tuple(i - s.start for i, s in zip(index, slices, strict=False)) + (0,) * (len(self.shape) - lead)
             self.buffers[device] = _write(self.buffers[device], piece, start)
 
     def finish(self) -> jax.Array:
-        buffers = list(self.buffers.values())
+        buffers = [b if self.bits == self.dtype else _as_dtype(b, self.dtype) for b in self.buffers.values()]
         self.buffers = {}
         return jax.make_array_from_single_device_arrays(self.shape, self.sharding, buffers)
 
