@@ -30,7 +30,7 @@ from m1jax.rl.evaluate import Answered
 from m1jax.rl.prompts import PromptSource, Tokenize, heldout_prompts
 from m1jax.rl.settings import RLConfig
 from m1jax.rl.update import make_update
-from m1jax.sharding import check_rows, data_mesh
+from m1jax.sharding import check_rows, data_mesh, replicated
 from m1jax.train import report
 from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
@@ -302,7 +302,7 @@ def open_run(
     source = PromptSource(problems, questions.tokenize, config.problems.max_prompt_tokens, config.seed)
 
     if params is None and config.init_from and not steps(folder / "checkpoints"):
-        params, meta = init_params(config.init_from, config.model, log)
+        params, meta = init_params(config.init_from, config.model, replicated(mesh), log)
         check_heldout(config, meta)
     optimizer = make_optimizer(config.optimizer)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
@@ -335,6 +335,8 @@ def open_run(
             temperature=config.sampling.temperature, passes=config.update.passes,
         )  # fmt: skip
         log(config.loss.describe())
+        for line in config.warnings():
+            log(f"warning: {line}")
         run = Run(
             config=config, folder=folder, source=source, heldout=questions.heldout, scorer=scorer, engine=engine,
             update=update, checkpoints=checkpoints, sinks=sinks, clock=clock, log=log, state=state, step=step,

@@ -166,8 +166,10 @@ def differences(there: ModelConfig, here: ModelConfig) -> list[tuple[str, Any, A
     return [(n, getattr(there, n), getattr(here, n)) for n in names if getattr(there, n) != getattr(here, n)]
 
 
-def init_params(path: str, config: ModelConfig, log: Callable[[str], None] = print) -> tuple[Params, Mapping[str, Any]]:
-    """`(params, meta)` to start a run of `config` from: what a config's `init_from` names.
+def init_params(
+    path: str, config: ModelConfig, shardings: Any = None, log: Callable[[str], None] = print
+) -> tuple[Params, Mapping[str, Any]]:
+    """`(params, meta)` to start a run of `config` from: what a config's `init_from` names, sharded as asked for.
 
     Raises:
         UserError: nothing is there, or it is another network.
@@ -178,4 +180,4 @@ def init_params(path: str, config: ModelConfig, log: Callable[[str], None] = pri
         raise UserError(f"{path}: another network: {told}; use the config.model it was made with")
     # Read in the dtype that the run stores, so that nothing is held twice.
     wanted = dataclasses.replace(model, config=dataclasses.replace(model.config, param_dtype=config.param_dtype))
-    return wanted.load(jax.sharding.SingleDeviceSharding(jax.devices()[0])), model.meta
+    return wanted.load(shardings), model.meta

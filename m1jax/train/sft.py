@@ -25,7 +25,7 @@ from m1jax.data.tokenizer_files import save_tokenizer
 from m1jax.data.worked_solutions import worked_solution
 from m1jax.errors import UserError, require_finite
 from m1jax.model.config import ModelConfig
-from m1jax.sharding import check_rows, data_mesh
+from m1jax.sharding import check_rows, data_mesh, replicated
 from m1jax.train import report
 from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
@@ -167,7 +167,9 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     sequences = WorkedSolutions(config)
     optimizer = make_optimizer(config.optimizer)
     fresh = not steps(folder / "checkpoints")
-    params = init_params(config.init_from, config.model, log)[0] if config.init_from and fresh else None
+    params = None
+    if config.init_from and fresh:
+        params, _ = init_params(config.init_from, config.model, replicated(mesh), log)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     update = make_supervised_update(config.model, optimizer, mesh, balance_coefficient=config.balance_coefficient)
     report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
