@@ -1,7 +1,7 @@
 """What every entry point shares: the command line, one line instead of a traceback, exit codes, the compile cache.
 
     python -m experiments.train_rl --config=configs/rl_tiny_cpu.py[:smoke] --workdir=DIR [--init_from=CHECKPOINT]
-                                   [--config.loss.weight_cap=5] [--config.name=VALUE ...]
+                                   [--config.loss=dapo] [--config.loss.weight_cap=5] [--config.name=VALUE ...]
 
     exit code  0   done                                 75   SIGTERM: saved, a scheduler may start it again
                1   a number was not finite              130  Ctrl-C: saved
@@ -9,7 +9,8 @@
 
 A config file is Python with `get_config([argument])` that returns an `ml_collections.ConfigDict` of plain values.
 Overrides are laid over it here, as literals; whether a key exists and what type it has is judged in one place for
-the file and the command line alike, by the dataclasses (`m1jax.config.build`). `ml_collections.config_flags` would
+the file and the command line alike, by the dataclasses (`m1jax.config.build`). A name in place of the section `loss`
+stands for a block of configs/algorithms.py. `ml_collections.config_flags` would
 type an override by the value in the file instead: a None there could not be overridden, nor 5 by 2.5.
 Which entry point calls, and what it does with its config, is not known here.
 """
@@ -135,8 +136,11 @@ def parse_with_config(
     overrides = [word for word in argv if word.startswith(("--config.", "-config."))]
     known = parser.parse_args([word for word in argv if word not in overrides])
     config = load_config(known.config)
-    for word, value in _gather(overrides).items():
-        _lay(config, word, value)
+    for key, texts in sorted(_gather(overrides).items(), key=lambda item: item[0].count(".")):  # sections, then values
+        if key == "loss":
+            config["loss"] = named_algorithm(texts[-1])
+        else:
+            _lay(config, key, texts)
     return known, config
 
 
@@ -163,7 +167,24 @@ def load_config(spec: str) -> dict[str, Any]:
         raise UserError(f"{spec}: {type(error).__name__}: {_first_line(error)}{_where(error, path)}") from error
     if not isinstance(config, Mapping | ConfigDict):
         raise UserError(f"{spec}: get_config() returned {type(config).__name__}, expected a ConfigDict")
-    return _plain(config)
+    values = _plain(config)
+    if isinstance(values.get("loss"), str):
+        values["loss"] = named_algorithm(values["loss"])
+    return values
+
+
+def named_algorithm(name: str) -> dict[str, Any]:
+    """The block of configs/algorithms.py that has this name.
+
+    Raises:
+        UserError: there is none; the line lists what there is.
+    """
+    from configs import algorithms
+
+    makers = {key: value for key, value in vars(algorithms).items() if inspect.isfunction(value)}
+    if name not in makers:
+        raise UserError(f"config.loss: {name!r} is not in configs/algorithms.py; it has {', '.join(sorted(makers))}")
+    return makers[name]()
 
 
 def named_model(name: str, flag: str = "--model") -> ModelConfig:

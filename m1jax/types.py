@@ -31,6 +31,9 @@ Ending = Literal["stop", "length", "repetition"]
 ENDINGS: tuple[Ending, ...] = ("stop", "length", "repetition")
 """How a response ended: it sampled a stop token, filled the window, or was cut because it repeated itself."""
 
+AGGREGATIONS = ("group_tokens", "update_tokens", "sample_mean", "sample_and_token", "constant")
+"""How the tokens of an update are averaged; `m1jax.rl.batch` says what each one is."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -188,6 +191,7 @@ class Batch:
             one number; 0 where a token is not ours to learn from.
         advantages: float32 [U, M, B, T].
         rollout_logprobs: float32 [U, M, B, T], by the alignment rule; 0 where `weights` is 0.
+        group_ids: int32 [U, M, B, T], 1, 2, ... by prompt on the tokens that have a weight, else 0.
     """
 
     tokens: Array
@@ -195,3 +199,4 @@ class Batch:
     weights: Array
     advantages: Array
     rollout_logprobs: Array
+    group_ids: Array

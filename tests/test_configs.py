@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
+from configs import algorithms
 from experiments import cli
 from m1jax.config import build, to_dict
 from m1jax.errors import UserError
 from m1jax.rl import loop
+from m1jax.rl.loss import LossConfig
 from m1jax.rl.settings import RLConfig
 from m1jax.train import sft
+from tests import runs
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = {"__init__.py", "models.py"}
+BLOCKS = {"__init__.py", "algorithms.py", "models.py"}
 """Files of configs/ that others use and nothing runs."""
 
 RUNNABLE = sorted(p.name for p in (ROOT / "configs").glob("*.py") if p.name not in BLOCKS)
@@ -57,3 +61,31 @@ def test_shrunk_config_runs(name, tmp_path):
     assert result.config == to_dict(config)
     if isinstance(config, RLConfig):
         assert all(t["after"]["n"] == config.evaluation.problems for t in result.summary["heldout"].values())
+
+
+ALGORITHMS = [name for name, make in vars(algorithms).items() if inspect.isfunction(make)]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_an_algorithm_is_one_override(name):
+    """The block takes the place of the section, a value after it, or before it, that of the block's."""
+    words = ["--config=configs/rl_tiny_cpu.py", "--workdir=x", "--config.loss.std=sample", f"--config.loss={name}"]
+    built_loss = build(RLConfig, cli.parse(words).config).loss
+    assert built_loss == build(LossConfig, getattr(algorithms, name)() | {"std": "sample"})
+
+
+def test_no_such_algorithm():
+    with pytest.raises(UserError, match="config.loss: 'ppo' is not in configs/algorithms.py; it has cispo, dapo, dr_"):
+        cli.parse(["--config=configs/rl_tiny_cpu.py", "--workdir=x", "--config.loss=ppo"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_trains(name, tmp_path):
+    """From the same start, two updates a batch: every recipe moves the policy and tells what it does."""
+    said = []
+    config = runs.rl_config(tmp_path, loss=getattr(algorithms, name)(), init_from=runs.save_bigram(tmp_path))
+    result = loop.train(config, tmp_path / "run", log=said.append)
+    assert config.loss.describe() in said
+    assert result.metrics[-1]["step"] == 3 and result.summary["updates"] > 3
+    assert all(row["train/update_norm"] > 0 for row in result.metrics[1:])

@@ -6,10 +6,15 @@ groups are dealt out evenly to the updates, whole groups only, and the rollouts 
     update u   row 0   [prompt a | response a0][prompt a | response a1][prompt b | resp..] pad pad
                row 1   [prompt b | response b1] ...
     weights            0 on prompts and padding; on every response token (the stop token too: it is an action)
-                         group_tokens    1 / (tokens of its group)  / (groups in the update)
-                         update_tokens   1 / (tokens of the update)
+                         group_tokens      1 / (tokens of its group) / (groups)     CISPO, equation 4; ScaleRL
+                         update_tokens     1 / (tokens)                             DAPO
+                         sample_mean       1 / (tokens of its response) / (responses)   GRPO
+                         sample_and_token  the mean of sample_mean and update_tokens
+                         constant          1 / (longest response allowed) / (responses)  Dr. GRPO
 
-Each update is normalised by its *own* tokens: the total of the generation batch would be wrong by their number.
+Groups, responses and tokens are those of the *update*: the total of the generation batch would be wrong by the number
+of updates. `sample_and_token` is our reading of the combined sample-level loss and token-level normalisation by which
+MiniMax-M1 keeps long negative responses from drowning the short ones; the paper gives no formula.
 """
 
 from __future__ import annotations
@@ -83,50 +88,70 @@ def make_batch(
     prompts: Sequence[Prompt],
     rollouts: Sequence[Sequence[Rollout]],
     advantages_PR: np.ndarray,
-    live_P: np.ndarray,
+    live_PR: np.ndarray,
     shape: BatchShape,
     aggregation: str,
+    longest: int,
 ) -> Batch:
-    """Deal out the live groups to updates and pack their rollouts into rows.
+    """Deal out the live groups to updates and pack their live rollouts into rows.
 
     Args:
         prompts: P prompts.
         rollouts: their responses, R each.
         advantages_PR: one advantage per response.
-        live_P: groups that take part; the others (zero variance) leave the batch and its counts.
+        live_PR: responses that take part; the others leave the batch and its counts, and so does a group without any.
         shape: static shape of the result.
-        aggregation: "group_tokens" or "update_tokens", see above.
+        aggregation: one of `AGGREGATIONS`, see above.
+        longest: tokens that a response may have.
 
     Raises:
         ValueError: prompts and rollouts do not belong together.
     """
     lead = (shape.updates, shape.micro_batches * shape.rows, shape.tokens)
-    tokens, segment_ids = np.zeros(lead, np.int32), np.zeros(lead, np.int32)
+    tokens, segment_ids, group_ids = (np.zeros(lead, np.int32) for _ in range(3))
     weights, advantages, logprobs = (np.zeros(lead, np.float32) for _ in range(3))
 
-    for update, groups in enumerate(np.array_split(np.flatnonzero(live_P), shape.updates)):
-        lengths = {int(p): sum(len(r.token_ids) for r in rollouts[p]) for p in groups}
-        items = [(int(p), i) for p in groups for i in range(len(rollouts[p]))]
-        sizes = [len(prompts[p].token_ids) + len(rollouts[p][i].token_ids) for p, i in items]
-        for (p, i), (row, start, segment) in zip(items, pack(sizes, shape.tokens), strict=True):
+    for update, groups in enumerate(np.array_split(np.flatnonzero(live_PR.any(axis=1)), shape.updates)):
+        items = [(int(p), int(i)) for p in groups for i in np.flatnonzero(live_PR[p])]
+        lengths = [len(rollouts[p][i].token_ids) for p, i in items]
+        sizes = [len(prompts[p].token_ids) + n for (p, _), n in zip(items, lengths, strict=True)]
+        token_weights = aggregate(np.array(lengths), np.array([p for p, _ in items]), aggregation, longest)
+        for n, ((p, i), (row, start, segment)) in enumerate(zip(items, pack(sizes, shape.tokens), strict=True)):
             prompt, rollout = prompts[p], rollouts[p][i]
             if rollout.prompt_index != prompt.index:
                 raise ValueError(f"rollout of prompt {rollout.prompt_index} stands under prompt {prompt.index}")
             if row >= lead[1]:
                 raise ValueError(f"update {update} needs more than its {lead[1]} rows of {shape.tokens} tokens")
-            middle = start + len(prompt.token_ids)
-            whole, response = (
-                slice(start, middle + len(rollout.token_ids)),
-                slice(middle, middle + len(rollout.token_ids)),
-            )
+            middle, end = start + len(prompt.token_ids), start + sizes[n]
+            whole, response = slice(start, end), slice(middle, end)
             tokens[update, row, whole] = np.concatenate([prompt.token_ids, rollout.token_ids])
             segment_ids[update, row, whole] = segment
-            if aggregation == "group_tokens":
-                weights[update, row, response] = 1.0 / lengths[p] / len(groups)
-            else:
-                weights[update, row, response] = 1.0 / sum(lengths.values())
+            group_ids[update, row, response] = p + 1
+            weights[update, row, response] = token_weights[n]
             advantages[update, row, response] = advantages_PR[p, i]
             logprobs[update, row, response] = rollout.rollout_logprobs
 
     split = lambda x: x.reshape(shape.updates, shape.micro_batches, shape.rows, shape.tokens)  # noqa: E731
-    return Batch(split(tokens), split(segment_ids), split(weights), split(advantages), split(logprobs))
+    return Batch(*map(split, (tokens, segment_ids, weights, advantages, logprobs, group_ids)))
+
+
+def aggregate(lengths_N: np.ndarray, group_N: np.ndarray, aggregation: str, longest: int) -> np.ndarray:
+    """float64 [N]: the weight of every token of each of an update's N responses.
+
+    Args:
+        lengths_N: their tokens.
+        group_N: the number of each one's group.
+        aggregation: one of `AGGREGATIONS`.
+        longest: tokens that a response may have.
+    """
+    responses, total = max(len(lengths_N), 1), max(lengths_N.sum(), 1)
+    if aggregation == "group_tokens":
+        _, index_N = np.unique(group_N, return_inverse=True)
+        tokens_G = np.bincount(index_N, lengths_N)
+        return 1 / tokens_G[index_N] / max(len(tokens_G), 1)
+    return {
+        "update_tokens": np.full(len(lengths_N), 1 / total),
+        "sample_mean": 1 / lengths_N / responses,
+        "sample_and_token": (1 / lengths_N / responses + 1 / total) / 2,
+        "constant": np.full(len(lengths_N), 1 / longest / responses),
+    }[aggregation]

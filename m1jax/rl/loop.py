@@ -55,10 +55,12 @@ def train(
             with run.clock.stage("reward"):
                 scores = run.score(prompts, rollouts)
             with run.clock.stage("batch"):
-                advantages_PR, live_P = group_advantages(scores.rewards_PR)
+                loss = config.loss
+                advantages_PR, live_PR = group_advantages(scores.rewards_PR, loss.advantage_scale, loss.std)
                 batch = make_batch(
-                    prompts, rollouts, advantages_PR, live_P, config.batch_shape, config.loss.aggregation
-                )
+                    prompts, rollouts, advantages_PR, live_PR, config.batch_shape, loss.aggregation,
+                    config.sampling.max_tokens,
+                )  # fmt: skip
             with run.clock.stage("update"):
                 run.state, device_metrics = run.update(run.state, batch)
                 trained = update_metrics(jax.device_get(device_metrics))
@@ -68,7 +70,7 @@ def train(
                 run.engine.set_weights(run.state.params, run.step)
             if run.step % config.evaluation.every == 0 or run.step == config.steps:
                 evaluate(run)
-            run.record(rollout_metrics(prompts, rollouts, scores.rewards_PR, scores.correct_PR, live_P)
+            run.record(rollout_metrics(prompts, rollouts, scores.rewards_PR, scores.correct_PR, live_PR)
                        | scores.metrics | trained)  # fmt: skip
             if run.step % config.checkpoint.every == 0:
                 run.save()

@@ -1,89 +1,296 @@
-"""The policy loss of CISPO. One pure function of arrays; it knows no model, no batch layout and no optimizer.
+"""The policy losses: pure functions of one record of arrays; they know no model, no batch layout and no optimizer.
 
-    L = - sum_t  weight_t * sg(min(r_t, cap)) * advantage_t * log pi(token_t),      r_t = pi(token_t) / mu(token_t)
+With r_t = pi(token_t) / mu(token_t), sg the stop-gradient and w_t the weight of a token, each is a plain sum
 
-The importance ratio is capped *under the stop-gradient*, so a token whose ratio is far above the cap still pulls on
-its log-probability with the capped weight; PPO's clip would drop it (MiniMax-M1, section 3.1, equations 4 and 5).
-There is no lower bound, no KL term, and every normalisation already sits in `weight_t` (see `m1jax.rl.batch`), which
-makes the loss a plain sum: it is the same for every split of the batch into micro-batches or devices.
+    reinforce   - sum_t w_t sg(r_t)                  A_t log pi(token_t)
+    cispo       - sum_t w_t sg(clip(r_t, floor, cap)) A_t log pi(token_t)
+    unified     - sum_t w_t sg(clip(r_t, floor, cap)) M(r_t, A_t) A_t log pi(token_t)
+    ppo_clip    - sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t)
+
+(MiniMax-M1, arXiv 2506.13585, section 3.1, equations 1 to 7). PPO's clip gives a token that has moved too far no
+gradient at all; CISPO caps its weight *under the stop-gradient* and lets it pull on. GRPO, DAPO and Dr. GRPO are
+ppo_clip with other bounds, aggregations and advantages: `configs/algorithms.py` has their numbers. All normalisation
+sits in w_t (see `m1jax.rl.batch`), so no split of the batch into micro-batches or devices changes a loss.
 """
 
 from __future__ import annotations
 
+import importlib
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-AGGREGATIONS = ("group_tokens", "update_tokens")
-RATIO_ANCHORS = ("rollout", "trainer")
+from m1jax.types import AGGREGATIONS
 
 MAX_LOG_RATIO = 20.0
-"""log r is clamped to +-20 before exp: e^20 is far beyond every cap, and exp of junk would be inf, inf * 0 NaN."""
+"""log r is clamped to +-20 before exp: e^20 is far beyond every cap, and exp of junk would be inf, inf * 0 NaN. Beyond
+the clamp ppo_clip has no gradient; the others have none through r anyway."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossInput:
+    """What a loss sees of the tokens, arrays of one shape (any shape).
+
+    Attributes:
+        policy_logprobs: log pi(token) of the parameters that take the gradient.
+        anchor_logprobs: log mu(token) of the behaviour policy, frozen for the generation batch.
+        advantages: per token.
+        weights: per token, not negative; 0 leaves the token out, whatever stands in the other arrays.
+        group_ids: int, tokens of one prompt's responses share one; 0 where `weights` is 0.
+    """
+
+    policy_logprobs: jax.Array
+    anchor_logprobs: jax.Array
+    advantages: jax.Array
+    weights: jax.Array
+    group_ids: jax.Array
+
+    @property
+    def mask(self) -> jax.Array:
+        """The tokens that are in the loss."""
+        return self.weights > 0
+
+    @property
+    def logprobs(self) -> jax.Array:
+        """policy_logprobs with 0 outside the mask: masked first, for 0 * inf would be NaN, in a gradient too."""
+        return jnp.where(self.mask, self.policy_logprobs, 0.0)
+
+    @property
+    def ratio(self) -> jax.Array:
+        """r, with its gradient; 1 outside the mask."""
+        return importance_ratio(self.policy_logprobs, self.anchor_logprobs, self.mask)
+
+
+def importance_ratio(policy_logprobs: jax.Array, anchor_logprobs: jax.Array, live: jax.Array) -> jax.Array:
+    """r = exp(policy - anchor), the logarithm clamped to MAX_LOG_RATIO, and 1 on tokens that are not live."""
+    log_ratio = jnp.where(live, policy_logprobs - anchor_logprobs, 0.0)
+    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+# -- the losses --------------------------------------------------------------------------------------------------
+
+
+def reinforce(x: LossInput) -> jax.Array:
+    """REINFORCE with importance weights; no bound but the clamp of log r (equation 3)."""
+    return -jnp.sum(x.weights * jax.lax.stop_gradient(x.ratio) * x.advantages * x.logprobs)
+
+
+def cispo(x: LossInput, weight_cap: float = math.inf, weight_floor: float = 0.0) -> jax.Array:
+    """The capped weight keeps the gradient of every token (equations 4 and 5)."""
+    weight = jax.lax.stop_gradient(jnp.clip(x.ratio, weight_floor, weight_cap))
+    return -jnp.sum(x.weights * weight * x.advantages * x.logprobs)
+
+
+def unified(x: LossInput, keep: jax.Array, weight_cap: float = math.inf, weight_floor: float = 0.0) -> jax.Array:
+    """CISPO of the tokens that a mask keeps; the others stay in the denominator, which is `weights` (equation 6).
+
+    Args:
+        x: the tokens.
+        keep: bool, one of `MASKS` applied to the *uncapped* ratio.
+        weight_cap, weight_floor: bounds of the weight, apart from the mask's thresholds.
+    """
+    weight = jax.lax.stop_gradient(jnp.clip(x.ratio, weight_floor, weight_cap) * keep)
+    return -jnp.sum(x.weights * weight * x.advantages * x.logprobs)
+
+
+def ppo_clip(x: LossInput, clip_low: float, clip_high: float, dual_clip: float | None = None) -> jax.Array:
+    """PPO's clipped surrogate (equation 1); `dual_clip` bounds it for negative advantages by dual_clip * A.
+
+    The bound keeps a token of huge ratio and negative advantage from dominating (Ye et al., arXiv 1912.09729).
+    """
+    ratio, advantages = x.ratio, x.advantages
+    surrogate = jnp.minimum(ratio * advantages, jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages)
+    if dual_clip is not None:
+        surrogate = jnp.where(advantages < 0, jnp.maximum(surrogate, dual_clip * advantages), surrogate)
+    return -jnp.sum(x.weights * surrogate)
+
+
+# -- masks of the unified form -----------------------------------------------------------------------------------
+
+Mask = Callable[[jax.Array, jax.Array, float, float], jax.Array]
+"""(ratio, advantages, low, high) -> bool, True keeps the token. No gradient flows through it."""
+
+
+def keep_all(ratio: jax.Array, advantages: jax.Array, low: float, high: float) -> jax.Array:
+    """No mask: the unified loss is CISPO."""
+    return jnp.ones(ratio.shape, bool)
+
+
+def trust_region(ratio: jax.Array, advantages: jax.Array, low: float, high: float) -> jax.Array:
+    """What PPO's clip gives a gradient: drop A > 0 with r > 1 + high, and A < 0 with r < 1 - low (equation 7)."""
+    return ~(((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low)))
+
+
+MASKS: dict[str, Mask] = {"none": keep_all, "ppo": trust_region}
+
+
+def find_mask(name: str) -> Mask:
+    """The mask of this name, or a researcher's own as "module:function".
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name in MASKS:
+        return MASKS[name]
+    module, colon, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function) if colon else MASKS[name]
+    except (ImportError, AttributeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"mask: {name!r} is none of {', '.join(MASKS)}, and no module:function that can be imported"
+        ) from error
+
+
+# -- settings ----------------------------------------------------------------------------------------------------
+
+KINDS = ("reinforce", "cispo", "unified", "ppo_clip")
+RATIO_ANCHORS = ("rollout", "trainer")
+ADVANTAGE_SCALES = ("group_std", "batch_std", "none")
+STANDARD_DEVIATIONS = ("population", "sample")
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Settings of the policy loss.
+    """Settings of the policy loss; `configs/algorithms.py` has those of published recipes.
 
     Attributes:
-        weight_cap: upper bound of the importance weight, absolute (the paper's 1 + eps_high). The paper does not
-            publish its value; ScaleRL (arXiv 2510.13786) finds 4, 5 and 8 alike.
-        aggregation: "group_tokens" divides each group by its own tokens and takes the mean over the groups of the
-            update (equation 4); "update_tokens" divides everything by the tokens of the update.
+        kind: "reinforce", "cispo", "unified" or "ppo_clip", see above. What a kind does not read may not be set.
+        weight_cap: cispo and unified: upper bound of the importance weight, absolute (the paper's 1 + eps_high); in
+            unified None is no bound. The paper does not publish its value; ScaleRL (arXiv 2510.13786) finds 4, 5 and 8
+            alike.
+        weight_floor: cispo and unified: lower bound, absolute (1 - eps_low); 0, as in the paper, never acts.
+        mask: unified: "none", "ppo", or a function `(ratio, advantages, low, high) -> bool` as "module:function".
+        clip_low, clip_high: ppo_clip, and the mask of unified: the ratio is trusted in [1 - low, 1 + high].
+        dual_clip: ppo_clip: bound of the surrogate for negative advantages, above 1; None for none.
+        aggregation: how tokens are averaged, see `m1jax.rl.batch`.
+        advantage_scale: what the centred reward is divided by: the standard deviation of its group ("group_std"), of
+            all live groups of the generation batch ("batch_std"), or nothing ("none").
+        std: "population" (divided by the count) or "sample" (count - 1), which makes 6.9% at 8 responses.
         ratio_anchor: what r is measured against: "rollout", the engine's log-probabilities, or "trainer", one more
             forward pass before the first update. Frozen once per generation batch either way.
+        mismatch_cap: with the trainer as anchor, weigh each token by min(pi_trainer / mu_engine, mismatch_cap), for
+            the gap between trainer and engine (truncated importance sampling); None for no such weight.
     """
 
-    weight_cap: float = 5.0
+    kind: str = "cispo"
+    weight_cap: float | None = None
+    weight_floor: float = 0.0
+    mask: str = "none"
+    clip_low: float | None = None
+    clip_high: float | None = None
+    dual_clip: float | None = None
     aggregation: str = "group_tokens"
+    advantage_scale: str = "group_std"
+    std: str = "population"
     ratio_anchor: str = "rollout"
+    mismatch_cap: float | None = None
 
     def __post_init__(self):
-        if self.weight_cap < 1:
+        for field, choices in (
+            ("kind", KINDS), ("aggregation", AGGREGATIONS), ("advantage_scale", ADVANTAGE_SCALES),
+            ("std", STANDARD_DEVIATIONS), ("ratio_anchor", RATIO_ANCHORS),
+        ):  # fmt: skip
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field}: {getattr(self, field)!r} must be one of {choices}")
+        self._refuse_what_is_not_read()
+        if self.weight_cap is not None and self.weight_cap < 1:
             raise ValueError(
                 f"weight_cap: {self.weight_cap} would scale down even on-policy tokens (their ratio is 1); "
                 f"it is the absolute cap 1 + eps_high, so choose at least 1 (eps_high = 4 is weight_cap = 5)"
             )
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(f"aggregation: {self.aggregation!r} must be one of {AGGREGATIONS}")
-        if self.ratio_anchor not in RATIO_ANCHORS:
-            raise ValueError(f"ratio_anchor: {self.ratio_anchor!r} must be one of {RATIO_ANCHORS}")
+        if not 0 <= self.weight_floor <= 1:
+            raise ValueError(
+                f"weight_floor: {self.weight_floor} would scale up even on-policy tokens (their ratio is 1); "
+                f"it is the absolute floor 1 - eps_low, so choose from 0 (no bound) to 1"
+            )
+        if self.clip_low is not None and not 0 < self.clip_low <= 1:
+            raise ValueError(f"clip_low: {self.clip_low} must be above 0 and at most 1: ratios are trusted from 1 - it")
+        if self.clip_high is not None and self.clip_high <= 0:
+            raise ValueError(f"clip_high: {self.clip_high} must be above 0: ratios are trusted up to 1 + it")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise ValueError(f"dual_clip: {self.dual_clip} would cut even on-policy tokens; choose above 1")
+        if self.mismatch_cap is not None and self.mismatch_cap <= 0:
+            raise ValueError(f"mismatch_cap: {self.mismatch_cap} must be above 0")
+        if self.mismatch_cap is not None and self.ratio_anchor == "rollout":
+            raise ValueError(
+                "mismatch_cap: the ratio against the rollout log-probabilities contains the gap between trainer and "
+                "engine already, so the weight would count it twice; set ratio_anchor='trainer' or mismatch_cap=None"
+            )
+        find_mask(self.mask)
+
+    def _refuse_what_is_not_read(self) -> None:
+        bounds = {"weight_cap": None, "weight_floor": 0.0}
+        clips = {"clip_low": None, "clip_high": None}
+        unread = {
+            "reinforce": bounds | clips | {"mask": "none", "dual_clip": None},
+            "cispo": clips | {"mask": "none", "dual_clip": None},
+            "unified": {"dual_clip": None} | (clips if self.mask == "none" else {}),
+            "ppo_clip": bounds | {"mask": "none"},
+        }[self.kind]
+        for field, unset in unread.items():
+            if getattr(self, field) != unset:
+                raise ValueError(f"{field}: {getattr(self, field)!r} is not read by kind={self.kind!r}; leave it out")
+        if self.kind == "cispo" and self.weight_cap is None:
+            raise ValueError("weight_cap: missing; kind='cispo' needs it, 5 for example (no cap is kind='reinforce')")
+        if self.kind == "ppo_clip" or self.mask == "ppo":
+            for field in clips:
+                if getattr(self, field) is None:
+                    raise ValueError(f"{field}: missing; kind={self.kind!r} needs it (DAPO: low 0.2, high 0.28)")
+
+    @property
+    def cap(self) -> float:
+        """weight_cap as a number."""
+        return math.inf if self.weight_cap is None else self.weight_cap
 
     def describe(self) -> str:
-        """One line for the start of a run: the band in both conventions."""
+        """One line for the start of a run: what acts on the ratio, in both conventions, and what averages."""
+        low, high = self.clip_low or 0.0, self.clip_high or 0.0
+        trusted = f"ratios trusted in [{1 - low:g}, {1 + high:g}] (eps_low = {low:g}, eps_high = {high:g})"
+        eps_low = f"eps_low = {1 - self.weight_floor:g}" if self.weight_floor else "no lower bound"
+        weights = (
+            f"importance weights in [{self.weight_floor:g}, {self.cap:g}] (eps_high = {self.cap - 1:g}, {eps_low})"
+        )
+        acts = {
+            "reinforce": "REINFORCE: importance weights without a bound",
+            "cispo": f"CISPO: {weights}",
+            "unified": f"unified: {weights}, mask {self.mask}" + f", {trusted}" * (self.clip_low is not None),
+            "ppo_clip": f"PPO's clip: {trusted}" + f", dual clip {self.dual_clip}" * (self.dual_clip is not None),
+        }[self.kind]
+        mismatch = f", engine mismatch weight up to {self.mismatch_cap:g}" if self.mismatch_cap is not None else ""
+        scale = {"none": "not scaled"}.get(self.advantage_scale, f"over the {self.std} {self.advantage_scale}")
         return (
-            f"CISPO: importance weights in [0, {self.weight_cap:g}] (eps_high = {self.weight_cap - 1:g}, "
-            f"no lower bound), ratio against the {self.ratio_anchor} log-probabilities, {self.aggregation} aggregation"
+            f"{acts}, ratio against the {self.ratio_anchor} log-probabilities{mismatch}, {self.aggregation} "
+            f"aggregation, advantages {scale}"
         )
 
 
-def cispo(
-    policy_logprobs: jax.Array,
-    anchor_logprobs: jax.Array,
-    advantages: jax.Array,
-    weights: jax.Array,
-    weight_cap: float,
-) -> jax.Array:
-    """The loss above, a scalar sum over all tokens of arrays of one shape (any shape).
-
-    Args:
-        policy_logprobs: log pi(token) of the parameters that take the gradient.
-        anchor_logprobs: log mu(token), frozen for the generation batch.
-        advantages: per token.
-        weights: per token, not negative; 0 leaves the token out, whatever stands in the other arrays.
-        weight_cap: absolute cap of the importance weight.
-    """
-    live = weights > 0
-    capped = jnp.minimum(importance_ratio(policy_logprobs, anchor_logprobs, live), weight_cap)
-    terms = weights * jax.lax.stop_gradient(capped) * advantages * jnp.where(live, policy_logprobs, 0.0)
-    return -jnp.sum(terms)
+def policy_loss(x: LossInput, config: LossConfig) -> jax.Array:
+    """The loss that a config asks for, a scalar."""
+    if config.kind == "reinforce":
+        return reinforce(x)
+    if config.kind == "cispo":
+        return cispo(x, config.cap, config.weight_floor)
+    if config.kind == "unified":
+        return unified(x, kept(x, config), config.cap, config.weight_floor)
+    return ppo_clip(x, config.clip_low or 0.0, config.clip_high or 0.0, config.dual_clip)
 
 
-def importance_ratio(policy_logprobs: jax.Array, anchor_logprobs: jax.Array, live: jax.Array) -> jax.Array:
-    """r = exp(policy - anchor), 1 on tokens that are not live.
+def kept(x: LossInput, config: LossConfig) -> jax.Array:
+    """Which tokens the loss gives a gradient: all but those that a clip or mask drops."""
+    low, high = config.clip_low or 0.0, config.clip_high or 0.0
+    ratio, advantages = jax.lax.stop_gradient((x.ratio, x.advantages))
+    if config.kind == "ppo_clip":
+        keep = trust_region(ratio, advantages, low, high)
+        if config.dual_clip is not None:
+            keep &= ~((advantages < 0) & (ratio > config.dual_clip))
+        return keep
+    return find_mask(config.mask)(ratio, advantages, low, high)
 
-    Padding is masked before the exp: a where after it would still send NaN through the gradient.
-    """
-    log_ratio = jnp.where(live, policy_logprobs - anchor_logprobs, 0.0)
-    return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+def mismatch_weight(trainer_logprobs: jax.Array, rollout_logprobs: jax.Array, live: jax.Array, cap: float) -> jax.Array:
+    """min(pi_trainer / mu_engine, cap) per token, both frozen before the first update; 1 where not live."""
+    return jnp.minimum(importance_ratio(trainer_logprobs, rollout_logprobs, live), cap)

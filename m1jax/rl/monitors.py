@@ -15,7 +15,7 @@ def rollout_metrics(
     rollouts: Sequence[Sequence[Rollout]],
     rewards_PR: np.ndarray,
     correct_PR: np.ndarray,
-    live_P: np.ndarray,
+    live_PR: np.ndarray,
 ) -> dict[str, float]:
     """Reward, accuracy by task, entropy, length by ending, shares of endings and of groups without variance."""
     flat = [r for group in rollouts for r in group]
@@ -24,7 +24,7 @@ def rollout_metrics(
     metrics = {
         "reward/mean": float(rewards_PR.mean()),
         "reward/accuracy": float(correct_PR.mean()),
-        "reward/zero_variance_share": float(1 - live_P.mean()),
+        "reward/zero_variance_share": float(1 - live_PR.any(axis=1).mean()),
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_p99": float(np.percentile(lengths, 99)),
         "rollout/tokens": int(lengths.sum()),
@@ -72,6 +72,8 @@ def update_metrics(device: Mapping[str, np.ndarray]) -> dict[str, float]:
         "ratio/largest": largest("ratio_largest"),
         "ratio/capped_share_positive": mean("capped_share_positive"),
         "ratio/capped_share_negative": mean("capped_share_negative"),
+        "ratio/dropped_share_positive": mean("dropped_share_positive"),
+        "ratio/dropped_share_negative": mean("dropped_share_negative"),
         "gradient/share_below_1e-14": mean("gradient_share_below_1e-14"),
         "gradient/share_zero": mean("gradient_share_zero"),
     }

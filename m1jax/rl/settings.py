@@ -125,6 +125,21 @@ class RLConfig:
                     f"lower it or problems.max_prompt_tokens"
                 )
 
+    def warnings(self) -> list[str]:
+        """What is allowed and yet seldom meant, one line each, told at the start of a run."""
+        found, loss = [], self.loss
+        if loss.ratio_anchor == "trainer" and self.update.updates_per_batch * self.update.passes == 1:
+            found.append(
+                "config.loss.ratio_anchor: 'trainer' with one update makes every ratio 1, so that caps and clips never "
+                "act; raise update.updates_per_batch or update.passes, or anchor at the rollout"
+            )
+        if loss.clip_low is not None and loss.clip_high is not None and loss.clip_high < loss.clip_low:
+            found.append(
+                f"config.loss.clip_high: {loss.clip_high:g} is below clip_low, {loss.clip_low:g}: rare tokens are held "
+                f"back more than they are let go, the opposite of DAPO's 0.2 and 0.28"
+            )
+        return found
+
     @property
     def batch_shape(self) -> BatchShape:
         window = self.problems.max_prompt_tokens + self.sampling.max_tokens

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from m1jax.model.config import ModelConfig
 from m1jax.model.logprobs import token_logprobs
-from m1jax.rl.loss import LossConfig, cispo, importance_ratio
+from m1jax.rl.loss import LossConfig, LossInput, importance_ratio, kept, mismatch_weight, policy_loss
 from m1jax.sharding import DATA
 from m1jax.train.state import TrainState, apply_gradients
 from m1jax.types import Batch, Params
@@ -74,14 +74,20 @@ def make_update(
 
     def objective(params, batch, anchor_BT):
         policy_BT, entropy_BT = logprobs(params, batch)
-        value = cispo(policy_BT, anchor_BT, batch.advantages, batch.weights, loss.weight_cap)
-        return value, (policy_BT, entropy_BT)
+        return policy_loss(loss_input(batch, anchor_BT, policy_BT), loss), (policy_BT, entropy_BT)
+
+    def loss_input(batch, anchor_BT, policy_BT):
+        weights_BT = batch.weights
+        if loss.mismatch_cap is not None:  # the anchor is the trainer's
+            live_BT = weights_BT > 0
+            weights_BT = weights_BT * mismatch_weight(anchor_BT, batch.rollout_logprobs, live_BT, loss.mismatch_cap)
+        return LossInput(policy_BT, anchor_BT, batch.advantages, weights_BT, batch.group_ids)
 
     def one_update(state: TrainState, mini: tuple[Batch, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         micro_batches, anchors = mini
         grads, value, policy_MBT, entropy_MBT = summed_gradients(state.params, micro_batches, anchors)
         state, norms = apply_gradients(state, grads, optimizer, live=(micro_batches.weights > 0).any())
-        metrics = _update_metrics(micro_batches, anchors, policy_MBT, entropy_MBT, loss.weight_cap)
+        metrics = _update_metrics(micro_batches, loss_input(micro_batches, anchors, policy_MBT), entropy_MBT, loss)
         return state, {"loss": value, **norms, **metrics, **gradient_magnitudes(grads)}
 
     @partial(jax.shard_map, mesh=mesh, check_vma=False, in_specs=(REPLICATED, ROWS), out_specs=ROWS)
@@ -113,19 +119,17 @@ def _batch_logprobs(params: Params, batch: Batch, *, model: ModelConfig, tempera
     return policy_BT, entropy_BT
 
 
-def _update_metrics(
-    batch: Batch, anchors: jax.Array, policy: jax.Array, entropy: jax.Array, weight_cap: float
-) -> dict[str, jax.Array]:
+def _update_metrics(batch: Batch, x: LossInput, entropy: jax.Array, loss: LossConfig) -> dict[str, jax.Array]:
     """Scalars of one update over its live tokens; `policy` is before the update's own step.
 
     E1 of the paper: `probability_correlation` is Pearson's between exp(policy) and exp(rollout) log-probabilities,
     `largest_logprob_gap` the largest |difference|; both measure trainer against engine where no update came between.
     """
-    live = batch.weights > 0
+    live, policy, anchors = batch.weights > 0, x.policy_logprobs, x.anchor_logprobs
     count = jnp.maximum(live.sum(), 1)
     mean = lambda x: jnp.sum(jnp.where(live, x, 0.0)) / count  # noqa: E731
     share = lambda x: jnp.sum(x & live) / count  # noqa: E731
-    ratio = importance_ratio(policy, anchors, live)
+    ratio, dropped = importance_ratio(policy, anchors, live), ~kept(x, loss)
     p, q = (jnp.where(live, jnp.exp(jnp.where(live, x, 0.0)), 0.0) for x in (policy, batch.rollout_logprobs))
     p, q = jnp.where(live, p - mean(p), 0.0), jnp.where(live, q - mean(q), 0.0)
     covariance, deviation = jnp.sum(p * q), jnp.sqrt(jnp.sum(p * p) * jnp.sum(q * q))
@@ -136,10 +140,12 @@ def _update_metrics(
         "abs_log_ratio": mean(jnp.abs(policy - anchors)),
         "largest_abs_log_ratio": jnp.where(live, jnp.abs(policy - anchors), 0.0).max(),
         "ratio_mean": mean(ratio),
-        "ratio_capped_mean": mean(jnp.minimum(ratio, weight_cap)),
+        "ratio_capped_mean": mean(jnp.clip(ratio, loss.weight_floor, loss.cap)),
         "ratio_largest": jnp.where(live, ratio, 0.0).max(),
-        "capped_share_positive": share((ratio > weight_cap) & (batch.advantages > 0)),
-        "capped_share_negative": share((ratio > weight_cap) & (batch.advantages < 0)),
+        "capped_share_positive": share((ratio > loss.cap) & (batch.advantages > 0)),
+        "capped_share_negative": share((ratio > loss.cap) & (batch.advantages < 0)),
+        "dropped_share_positive": share(dropped & (batch.advantages > 0)),
+        "dropped_share_negative": share(dropped & (batch.advantages < 0)),
         "probability_correlation": jnp.where(deviation > 0, covariance / jnp.maximum(deviation, 1e-30), 1.0),
         "largest_logprob_gap": gap.max(),
     }

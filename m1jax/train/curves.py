@@ -46,7 +46,7 @@ PANELS = (
         log=True,
     ),
     Panel("Importance ratio", ("ratio/mean", "ratio/capped_mean", "ratio/largest"), log=True),
-    Panel("Capped tokens by advantage sign (share)", ("ratio/capped_share_*",)),
+    Panel("Capped or dropped tokens by advantage sign (share)", ("ratio/capped_share_*", "ratio/dropped_share_*")),
     Panel("Loss", ("train/loss",)),
     Panel("Gradient norm", ("train/grad_norm",), log=True),
     Panel("Tokens per second", ("time/tokens_per_second",)),

@@ -212,9 +212,10 @@ def objectives(config, shape):
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.vocab_size, (1, 1, *shape)).astype(np.int32)
     floats = lambda: rng.uniform(0.1, 1, tokens.shape).astype(np.float32)  # noqa: E731
-    rl = small.Batch(tokens, np.ones_like(tokens), floats() / tokens.size, floats() - 0.5, -floats())
+    rl = small.Batch(tokens, np.ones_like(tokens), floats() / tokens.size, floats() - 0.5, -floats(), tokens)
     sft = TokenBatch(rl.tokens[0], rl.segment_ids[0], rl.weights[0])
-    loss = LossConfig(ratio_anchor="trainer")  # both of the places where the update asks for log-probabilities
+    # Both of the places where the update asks for log-probabilities.
+    loss = LossConfig(weight_cap=5.0, ratio_anchor="trainer")
     return {
         "rl": (make_update(config, loss, SGD, MESH, temperature=0.6, passes=1), rl),
         "sft": (make_supervised_update(config, SGD, MESH, balance_coefficient=0.01), sft),

@@ -8,6 +8,7 @@ from m1jax.model.config import ModelConfig
 from m1jax.model.logprobs import token_logprobs
 from m1jax.rl.advantage import group_advantages
 from m1jax.rl.batch import BatchShape, UpdateConfig, make_batch
+from m1jax.rl.loss import LossConfig
 from m1jax.types import Batch, Problem, Prompt, Rollout
 
 
@@ -48,13 +49,14 @@ def rollouts(prompts_: list[Prompt], responses: int = 4, seed: int = 1) -> list[
     ]  # fmt: skip
 
 
-def batch(
-    prompts_, rollouts_, *, updates=1, micro_rows=16, row_tokens=0, aggregation="group_tokens", rewards=None
-) -> Batch:
+CISPO = LossConfig(weight_cap=5.0)
+
+
+def batch(prompts_, rollouts_, *, updates=1, micro_rows=16, row_tokens=0, loss=CISPO, rewards=None) -> Batch:
     responses = len(rollouts_[0])
     if rewards is None:
         rewards = np.random.default_rng(7).integers(0, 2, (len(prompts_), responses)) + 0.1 * np.arange(responses)
-    advantages, live = group_advantages(rewards)
+    advantages, live = group_advantages(rewards, loss.advantage_scale, loss.std)
     update = UpdateConfig(updates_per_batch=updates, micro_batch_rows=micro_rows, row_tokens=row_tokens)
     shape = BatchShape.of(update, len(prompts_), responses, window=12)
-    return make_batch(prompts_, rollouts_, advantages, live, shape, aggregation)
+    return make_batch(prompts_, rollouts_, advantages, live, shape, loss.aggregation, longest=8)

@@ -22,9 +22,11 @@ def batch_of(lengths, live=None, aggregation="group_tokens", updates=1, row_toke
     rollouts = [[rollout(i, s, n) for s, n in enumerate(group)] for i, group in enumerate(lengths)]
     advantages = np.array([[10 * i + s + 1.0 for s in range(len(g))] for i, g in enumerate(lengths)])
     live = np.ones(len(lengths), bool) if live is None else np.array(live)
+    if live.ndim == 1:  # by group
+        live = np.repeat(live[:, None], len(lengths[0]), axis=1)
     config = UpdateConfig(updates_per_batch=updates, micro_batch_rows=micro, row_tokens=row_tokens)
     shape = BatchShape.of(config, len(lengths), len(lengths[0]), window)
-    return make_batch(prompts, rollouts, advantages, live, shape, aggregation)
+    return make_batch(prompts, rollouts, advantages, live, shape, aggregation, longest=20)
 
 
 def test_group_tokens_is_equation_4_by_hand():
@@ -42,6 +44,38 @@ def test_update_tokens_by_hand_and_the_difference_of_the_two():
     small = (by_group.advantages > 0) & (by_group.advantages < 10)
     np.testing.assert_allclose((by_group.weights - by_update.weights)[small], 1 / 40, atol=1e-8)
     np.testing.assert_allclose(by_group.weights.sum(), by_update.weights.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "by_response"),
+    [
+        ("sample_mean", [1 / 1 / 4, 1 / 3 / 4, 1 / 2 / 4, 1 / 4 / 4]),
+        ("constant", [1 / 20 / 4] * 4),
+        (
+            "sample_and_token",
+            [(1 / 4 + 1 / 10) / 2, (1 / 12 + 1 / 10) / 2, (1 / 8 + 1 / 10) / 2, (1 / 16 + 1 / 10) / 2],
+        ),
+    ],
+)
+def test_other_aggregations_by_hand(aggregation, by_response):
+    """Responses of 1, 3, 2 and 4 tokens, at most 20 allowed."""
+    batch = batch_of([[1, 3], [2, 4]], aggregation=aggregation)
+    for advantage, weight in zip((1.0, 2.0, 11.0, 12.0), by_response, strict=True):
+        found = batch.weights[batch.advantages == advantage]
+        np.testing.assert_allclose(found, weight, rtol=1e-6)
+
+
+def test_a_response_without_a_reward_leaves_the_batch_and_its_counts():
+    batch = batch_of([[1, 3], [2, 4]], live=[[True, False], [True, True]], aggregation="update_tokens")
+    assert set(np.unique(batch.weights).tolist()) == {0.0, np.float32(1 / 7)}
+    assert 2.0 not in batch.advantages
+
+
+def test_tokens_know_their_group():
+    batch = batch_of([[1, 3], [2, 4]], live=[True, True])
+    live = batch.weights > 0
+    assert (batch.group_ids[~live] == 0).all()
+    assert (batch.group_ids[live] == np.where(batch.advantages[live] < 10, 1, 2)).all()
 
 
 def test_rows_hold_prompt_then_response_and_weigh_the_response_alone():
@@ -98,7 +132,7 @@ def test_worst_case_fits_its_static_shape():
 def test_batch_refuses_what_does_not_belong_together():
     shape = BatchShape(1, 1, 4, 10)
     with pytest.raises(ValueError, match="rollout of prompt 7 stands under prompt 0"):
-        make_batch([prompt(0)], [[rollout(7, 0, 2)]], np.ones((1, 1)), np.ones(1, bool), shape, "group_tokens")
+        make_batch([prompt(0)], [[rollout(7, 0, 2)]], np.ones((1, 1)), np.ones((1, 1), bool), shape, "group_tokens", 8)
     with pytest.raises(ValueError, match="updates_per_batch: 3 does not divide the 4 prompts"):
         BatchShape.of(UpdateConfig(updates_per_batch=3), 4, 2, 10)
     with pytest.raises(ValueError, match="row_tokens: 9 is shorter than the longest prompt and response, 10"):

@@ -5,38 +5,59 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from m1jax.config import build
+from m1jax.model.config import ModelConfig
+from tests import runs
+from tests.model import golden
+from tests.model.golden import GOLDENS
 from tests.rl import small
+from tests.rl.test_update import LOSSES
 
 ROOT = Path(__file__).parents[2]
 
 
-def compute() -> dict[str, np.ndarray]:
-    """On all devices there are: parameters after an RL and a supervised update, and what the engine samples."""
+def compute(losses: Sequence[str] = ("cispo",)) -> dict[str, np.ndarray]:
+    """On all devices there are: parameters after an RL update of some losses and a supervised one, those that a
+    run starts from, and what the engine samples."""
     import jax
     import optax
 
     from m1jax.rl.engine_local import LocalEngine
-    from m1jax.rl.loss import LossConfig
     from m1jax.rl.update import make_update
-    from m1jax.sharding import data_mesh
+    from m1jax.sharding import data_mesh, replicated
     from m1jax.train.next_token import TokenBatch, make_supervised_update
+    from m1jax.train.pretrained import init_params
     from m1jax.train.state import init_state
     from m1jax.types import Sampling
 
     model, mesh, sgd = small.config(), data_mesh(), optax.sgd(0.1)  # SGD: a difference of parameters is a gradient
     params, prompts = small.params(model), small.prompts(4)
-    batch = small.batch(prompts, small.rollouts(prompts), updates=2, micro_rows=4)
     found = {"devices": np.array(jax.device_count())}
 
-    update = make_update(model, LossConfig(), sgd, mesh, temperature=1.0, passes=1)
-    state, metrics = update(init_state(0, model, sgd, mesh, params), batch)
-    found |= _named("update", state.params) | _named("metrics", metrics)
+    for name in losses:
+        loss = LOSSES[name]
+        batch = small.batch(prompts, small.rollouts(prompts), updates=2, micro_rows=4, loss=loss)
+        update = make_update(model, loss, sgd, mesh, temperature=1.0, passes=1)
+        state, metrics = update(init_state(0, model, sgd, mesh, params), batch)
+        found |= _named(f"update/{name}/", state.params) | _named(f"metrics/{name}/", metrics)
 
+    with tempfile.TemporaryDirectory() as folder:
+        for path, config in (
+            (runs.save_bigram(Path(folder)), build(ModelConfig, runs.MODEL)),
+            (GOLDENS / "m1_tiny", golden.config()),
+        ):
+            given, _ = init_params(str(path), config, replicated(mesh))
+            started = init_state(0, config, sgd, mesh, given)
+            found |= _named(f"start/{config.num_layers}/", started.params)
+
+    batch = small.batch(prompts, small.rollouts(prompts), updates=2, micro_rows=4)
     # Without the balancing loss, which depends on how the rows are cut.
     rows = TokenBatch(batch.tokens[0], batch.segment_ids[0], batch.weights[0])
     supervised = make_supervised_update(model, sgd, mesh, balance_coefficient=0.0)
@@ -70,8 +91,18 @@ def single():
 
 @pytest.mark.parametrize("devices", [2, 4])
 def test_several_devices_compute_what_one_does(devices, single, tmp_path):
+    check(devices, ("cispo",), single, tmp_path)
+
+
+@pytest.mark.slow
+def test_several_devices_compute_what_one_does_for_every_loss(tmp_path):
+    check(4, tuple(LOSSES), compute(tuple(LOSSES)), tmp_path)
+
+
+def check(devices: int, losses: Sequence[str], single: dict[str, np.ndarray], tmp_path: Path) -> None:
     file = tmp_path / "found.npz"
-    program = f"import numpy; from tests.rl import test_multi_device as t; numpy.savez({str(file)!r}, **t.compute())"
+    call = f"test_multi_device.compute({losses!r})"
+    program = f"import numpy; from tests.rl import test_multi_device; numpy.savez({str(file)!r}, **{call})"
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=300)
     several = dict(np.load(file))

@@ -80,3 +80,13 @@ def test_questions_that_the_checkpoint_was_trained_on_cannot_be_held_out():
 def test_windows_of_exactly_the_models_positions_are_allowed():
     assert built(RL, model__max_positions=128).model.max_positions == 128
     assert built(SFT, model__max_positions=128, rows__tokens=128).model.max_positions == 128
+
+
+def test_what_is_seldom_meant_is_told():
+    assert built(RL).warnings() == []
+    loss = {"loss__ratio_anchor": "trainer", "update__updates_per_batch": 1}
+    (line,) = built(RL, **loss).warnings()
+    assert line.startswith("config.loss.ratio_anchor: 'trainer' with one update makes every ratio 1")
+    assert built(RL, **loss, update__passes=2).warnings() == []
+    (line,) = built(RL, loss={"kind": "ppo_clip", "clip_low": 0.3, "clip_high": 0.2}).warnings()
+    assert line.startswith("config.loss.clip_high: 0.2 is below clip_low, 0.3")

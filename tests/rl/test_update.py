@@ -1,7 +1,6 @@
 """All updates of a generation batch: split invariance, anchors, skipped updates, metrics."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 
 from m1jax.model.logprobs import token_logprobs
 from m1jax.rl.engine_local import LocalEngine
-from m1jax.rl.loss import LossConfig, cispo
+from m1jax.rl.loss import LossConfig, LossInput, cispo
 from m1jax.rl.update import gradient_magnitudes, make_update
 from m1jax.sharding import data_mesh
 from m1jax.train.optimizer import OptimizerConfig, make_optimizer
@@ -23,10 +22,21 @@ MESH = data_mesh()
 ADAMW = OptimizerConfig(learning_rate=1e-2)
 
 
-def gradient_by_update(model, params, batch) -> dict:
+LOSSES = {
+    "cispo": LossConfig(weight_cap=5.0),
+    "reinforce": LossConfig(kind="reinforce"),
+    "unified": LossConfig(kind="unified", mask="ppo", clip_low=0.2, clip_high=0.28, weight_cap=2.0),
+    "dapo": LossConfig(kind="ppo_clip", clip_low=0.2, clip_high=0.28, aggregation="update_tokens"),
+    "grpo": LossConfig(kind="ppo_clip", clip_low=0.2, clip_high=0.2, aggregation="sample_mean", dual_clip=3.0),
+    "dr_grpo": LossConfig(kind="ppo_clip", clip_low=0.2, clip_high=0.2, aggregation="constant", advantage_scale="none"),
+    "mismatch": LossConfig(weight_cap=5.0, ratio_anchor="trainer", mismatch_cap=2.0, aggregation="sample_and_token"),
+}
+
+
+def gradient_by_update(model, params, batch, loss=LOSSES["cispo"]) -> dict:
     """The gradient as the update itself sums it: SGD with rate 1 turns it into a difference of parameters."""
     sgd = optax.sgd(1.0)
-    update = make_update(model, LossConfig(), sgd, MESH, temperature=1.0, passes=1)
+    update = make_update(model, loss, sgd, MESH, temperature=1.0, passes=1)
     state = TrainState(jax.tree.map(jnp.copy, params), sgd.init(params), jnp.zeros((), jnp.int32), jax.random.key(0))
     after, _ = update(state, batch)
     return jax.tree.map(lambda old, new: old - new, params, after.params)
@@ -38,20 +48,25 @@ def relative(a, b) -> float:
     return max(jax.tree.leaves(errors))
 
 
+FAST_AND_SLOW = ["cispo", *(pytest.param(name, marks=pytest.mark.slow) for name in LOSSES if name != "cispo")]
+
+
+@pytest.mark.parametrize("name", FAST_AND_SLOW)
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
-def test_no_split_of_the_batch_changes_the_gradient(dtype, tolerance):
+def test_no_split_of_the_batch_changes_the_gradient(name, dtype, tolerance):
     """1, 2, 4 and 8 micro-batches, packed rows and padding rows, ragged lengths: one gradient."""
+    loss = LOSSES[name]
     with jax.enable_x64(dtype == "float64"):
         model = small.config(dtype)
         params = small.params(model)
         prompts = small.prompts()
         rollouts = small.rollouts(prompts)
-        whole = gradient_by_update(model, params, small.batch(prompts, rollouts, micro_rows=16))
+        whole = gradient_by_update(model, params, small.batch(prompts, rollouts, micro_rows=16, loss=loss), loss)
         assert relative(whole, jax.tree.map(jnp.zeros_like, whole)) > 1
         # 2, 4 and 8 micro-batches; packed rows; packed rows with rows of padding.
         for micro_rows, row_tokens in ((8, 0), (4, 0), (2, 0), (16, 30), (3, 24)):
-            batch = small.batch(prompts, rollouts, micro_rows=micro_rows, row_tokens=row_tokens)
-            split = gradient_by_update(model, params, batch)
+            batch = small.batch(prompts, rollouts, micro_rows=micro_rows, row_tokens=row_tokens, loss=loss)
+            split = gradient_by_update(model, params, batch, loss)
             assert relative(split, whole) < tolerance, (micro_rows, row_tokens)
 
 
@@ -111,7 +126,8 @@ def test_ratio_starts_at_one_and_moves(anchor, bound):
     if anchor == "trainer":  # an engine that is off by 0.5 must not matter
         rollouts = [[dataclasses.replace(r, rollout_logprobs=r.rollout_logprobs - 0.5) for r in g] for g in rollouts]
     optimizer = make_optimizer(ADAMW)
-    update = make_update(model, LossConfig(ratio_anchor=anchor), optimizer, MESH, temperature=1.0, passes=2)
+    loss = LossConfig(weight_cap=5.0, ratio_anchor=anchor)
+    update = make_update(model, loss, optimizer, MESH, temperature=1.0, passes=2)
     state = init_state(0, model, optimizer, MESH, params)
     _, metrics = update(state, small.batch(prompts, rollouts, updates=4, micro_rows=4))
     assert metrics["largest_abs_log_ratio"].shape == (8,)
@@ -123,7 +139,7 @@ def test_update_without_a_live_token_touches_nothing():
     model = small.config()
     prompts = small.prompts(2)
     optimizer = make_optimizer(ADAMW)
-    update = make_update(model, LossConfig(), optimizer, MESH, temperature=1.0, passes=1)
+    update = make_update(model, LossConfig(weight_cap=5.0), optimizer, MESH, temperature=1.0, passes=1)
     state = init_state(0, model, optimizer, MESH)
     before = jax.tree.map(np.asarray, (state.params, state.opt_state, state.updates))
     batch = small.batch(prompts, small.rollouts(prompts), rewards=np.ones((2, 4)))
@@ -139,7 +155,7 @@ def test_schedule_counts_applied_updates():
     prompts = small.prompts(4)
     rewards = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
     optimizer = make_optimizer(ADAMW)
-    update = make_update(model, LossConfig(), optimizer, MESH, temperature=1.0, passes=1)
+    update = make_update(model, LossConfig(weight_cap=5.0), optimizer, MESH, temperature=1.0, passes=1)
     batch = small.batch(prompts, small.rollouts(prompts), updates=4, rewards=rewards)
     after, metrics = update(init_state(0, model, optimizer, MESH), batch)
     assert int(after.updates) == 2
@@ -171,7 +187,7 @@ def test_correlation_is_pearsons():
     params, prompts = small.params(model), small.prompts(2)
     rollouts = small.rollouts(prompts)
     optimizer = make_optimizer(ADAMW)
-    update = make_update(model, LossConfig(), optimizer, MESH, temperature=1.0, passes=1)
+    update = make_update(model, LossConfig(weight_cap=5.0), optimizer, MESH, temperature=1.0, passes=1)
     batch = small.batch(prompts, rollouts)
     flat = lambda x: np.asarray(x).reshape(-1, x.shape[-1])  # noqa: E731
     policy_BT, entropy_BT, _ = small.logprobs(params, model, flat(batch.tokens), flat(batch.segment_ids))
@@ -210,11 +226,10 @@ def test_the_loss_of_the_update_is_the_loss_function():
     params, prompts = small.params(model), small.prompts(2)
     batch = small.batch(prompts, small.rollouts(prompts))
     optimizer = make_optimizer(ADAMW)
-    update = make_update(model, LossConfig(), optimizer, MESH, temperature=1.0, passes=1)
+    update = make_update(model, LossConfig(weight_cap=5.0), optimizer, MESH, temperature=1.0, passes=1)
     flat = lambda x: jnp.asarray(x).reshape(-1, x.shape[-1])  # noqa: E731
     policy_BT, _, _ = small.logprobs(params, model, flat(batch.tokens), flat(batch.segment_ids))
-    expected = partial(cispo, weight_cap=5.0)(
-        policy_BT, flat(batch.rollout_logprobs), flat(batch.advantages), flat(batch.weights)
-    )
+    arrays = (batch.rollout_logprobs, batch.advantages, batch.weights, batch.group_ids)
+    expected = cispo(LossInput(policy_BT, *map(flat, arrays)), weight_cap=5.0)
     _, metrics = update(init_state(0, model, optimizer, MESH, params), batch)
     np.testing.assert_allclose(metrics["loss"][0], expected, rtol=1e-4)

@@ -27,7 +27,7 @@ from m1jax.model.transformer import init
 from m1jax.rl.advantage import group_advantages
 from m1jax.rl.batch import BatchShape, UpdateConfig, make_batch
 from m1jax.rl.engine_local import LocalEngine
-from m1jax.rl.loss import LossConfig, cispo
+from m1jax.rl.loss import LossConfig, LossInput, cispo
 from m1jax.rl.monitors import rollout_metrics, update_metrics
 from m1jax.rl.prompts import PromptSource
 from m1jax.rl.update import make_update
@@ -151,14 +151,14 @@ def learn(work: RL, folder: Path) -> Prepared:
             asked = source.take(cursor, per_batch)
             rollouts = engine.generate(asked, work.group, sampling, int(jax.random.bits(state.key)) >> 1)
             rewards_PR = np.array([[reward(text(r.token_ids)) for r in group] for group in rollouts])
-            advantages_PR, live_P = group_advantages(rewards_PR)
-            batch = make_batch(asked, rollouts, advantages_PR, live_P, shape, loss.aggregation)
+            advantages_PR, live_PR = group_advantages(rewards_PR)
+            batch = make_batch(asked, rollouts, advantages_PR, live_PR, shape, loss.aggregation, sampling.max_tokens)
             state, device_metrics = update(state, batch)
             trained = update_metrics(jax.device_get(device_metrics))
             engine.set_weights(state.params, step + 1)
-            metrics = rollout_metrics(asked, rollouts, rewards_PR, rewards_PR, live_P) | trained
+            metrics = rollout_metrics(asked, rollouts, rewards_PR, rewards_PR, live_PR) | trained
             cursor += per_batch
-            tokens, live = tokens + metrics["rollout/tokens"], live + int(live_P.sum())
+            tokens, live = tokens + metrics["rollout/tokens"], live + int(live_PR.any(axis=1).sum())
             applied += metrics["train/updates_applied"]
         return {
             "updates": work.window,
@@ -197,7 +197,12 @@ def parity(policy: list, anchor: list, advantages: list, mask: list, weight_cap:
     """Our loss and its gradient for given log-probabilities, averaged over the tokens."""
     policy_BT, anchor_BT, mask_BT = (np.array(x, np.float32) for x in (policy, anchor, mask))
     advantages_BT = np.broadcast_to(np.array(advantages, np.float32)[:, None], policy_BT.shape)
-    loss, gradient = jax.value_and_grad(cispo)(policy_BT, anchor_BT, advantages_BT, mask_BT / mask_BT.sum(), weight_cap)
+    groups_BT = np.broadcast_to(np.arange(1, len(policy_BT) + 1)[:, None], policy_BT.shape)
+
+    def value(policy_BT):
+        return cispo(LossInput(policy_BT, anchor_BT, advantages_BT, mask_BT / mask_BT.sum(), groups_BT), weight_cap)
+
+    loss, gradient = jax.value_and_grad(value)(policy_BT)
     return {"loss": float(loss), "gradient": np.asarray(gradient).tolist()}
 
 
