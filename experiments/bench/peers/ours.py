@@ -195,9 +195,9 @@ def prepare(name: str, smoke: bool, folder: Path) -> Prepared:
 
 def parity(policy: list, anchor: list, advantages: list, mask: list, weight_cap: float) -> dict[str, Any]:
     """Our loss and its gradient for given log-probabilities, averaged over the tokens."""
-    policy_BT, anchor_BT, mask_BT = (np.array(x, np.float32) for x in (policy, anchor, mask))
-    advantages_BT = np.broadcast_to(np.array(advantages, np.float32)[:, None], policy_BT.shape)
-    groups_BT = np.broadcast_to(np.arange(1, len(policy_BT) + 1)[:, None], policy_BT.shape)
+    policy_BT, anchor_BT, mask_BT = (jnp.array(x, jnp.float32) for x in (policy, anchor, mask))
+    advantages_BT = jnp.broadcast_to(jnp.array(advantages, jnp.float32)[:, None], policy_BT.shape)
+    groups_BT = jnp.broadcast_to(jnp.arange(1, len(policy_BT) + 1)[:, None], policy_BT.shape)
 
     def value(policy_BT):
         return cispo(LossInput(policy_BT, anchor_BT, advantages_BT, mask_BT / mask_BT.sum(), groups_BT), weight_cap)
