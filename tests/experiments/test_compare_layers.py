@@ -508,7 +508,7 @@ def test_gradients_that_are_not_the_models(change, message, capsys, tmp_path):
         ([f"--hf={M1}", f"--goldens={M1 / 'goldens.npz'}", "--gradients=x"], "x: no such file"),
         ([f"--hf={M1}", "--tokens=1"], "--rows=2 --tokens=1: at least 1 row of 2 tokens"),
         (["--hf=nothing"], "nothing: no such folder"),
-        (["--random=huge"], "--model: 'huge' is not in configs/models.py"),
+        (["--random=huge"], "--random: 'huge' is not in configs/models.py"),
         ([f"--hf={GOLDENS / 'llama_tiny_tied'}", "--head_gain=2"], "--head_gain: the head of this model is its embedd"),
         ([f"--hf={M1}", "--gradients=x"], "--gradients: they belong to recorded numbers; give --goldens=FILE.npz too"),
         (["--random=tiny", "--seed=-1"], "--seed=-1: expected a number from 0 to "),

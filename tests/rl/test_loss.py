@@ -117,6 +117,13 @@ def test_a_token_that_ppo_drops_has_no_gradient_and_cispos_has():
     assert kept(x, CONFIGS["cispo"]).all()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_kept_are_the_tokens_with_a_gradient(name):
+    x = random_tokens(400)
+    found = gradient(lambda x: policy_loss(x, CONFIGS[name]), x) != 0
+    np.testing.assert_array_equal(kept(x, CONFIGS[name]), found)
+
+
 # -- finite differences ------------------------------------------------------------------------------------------
 
 

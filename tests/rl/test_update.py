@@ -70,6 +70,22 @@ def test_no_split_of_the_batch_changes_the_gradient(name, dtype, tolerance):
             assert relative(split, whole) < tolerance, (micro_rows, row_tokens)
 
 
+def test_mismatch_weight_multiplies_every_token_up_to_its_cap():
+    """An engine that says exp(-0.25) of the trainer's probability for every token: weight e^0.25; e^1: the cap, 2."""
+    model = small.config()
+    params, prompts = small.params(model), small.prompts()
+    batch = small.batch(prompts, small.rollouts(prompts))
+    flat = lambda x: jnp.asarray(x).reshape(-1, x.shape[-1])  # noqa: E731
+    trainer_BT, _, _ = small.logprobs(params, model, flat(batch.tokens), flat(batch.segment_ids))
+    plain = LossConfig(weight_cap=5.0, ratio_anchor="trainer")
+    without = gradient_by_update(model, params, batch, plain)
+    for gap, weight in ((0.25, np.exp(0.25)), (1.0, 2.0)):
+        engine = np.asarray(trainer_BT - gap).reshape(batch.tokens.shape)
+        shifted = dataclasses.replace(batch, rollout_logprobs=engine)
+        found = gradient_by_update(model, params, shifted, dataclasses.replace(plain, mismatch_cap=2.0))
+        assert relative(found, jax.tree.map(lambda g, w=weight: w * g, without)) < 1e-5
+
+
 def test_gradient_is_that_of_equation_4_written_out():
     """Against a loop over groups and responses that knows no batch: 1/groups * 1/tokens * sum w A logp."""
     with jax.enable_x64(True):
