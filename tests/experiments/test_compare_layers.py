@@ -294,6 +294,14 @@ def test_arrays_without_their_inputs_are_named(capsys, tmp_path):
     ]
 
 
+def assert_refused(capsys, tmp_path, arrays, changes, message):
+    """Recorded arrays, some of them changed, are refused in one line that names the file."""
+    arrays = arrays | {name: change(arrays[name]) for name, change in changes.items()}
+    code, said = check(capsys, tmp_path, arrays)
+    assert (code, said.err.count("\n")) == (2, 1), said.err
+    assert said.err.startswith(f"error: {tmp_path / 'numbers.npz'}: {message}"), said.err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -318,11 +326,7 @@ def test_arrays_without_their_inputs_are_named(capsys, tmp_path):
 )
 def test_a_wrong_shape_is_one_line(changes, message, capsys, tmp_path):
     arrays = recorded("input_ids", "positions", *SEQUENCE)
-    arrays |= {name: change(arrays[name]) for name, change in changes.items()}
-    code, said = check(capsys, tmp_path, arrays)
-    assert (code, said.err.count("\n")) == (2, 1) and said.err.startswith(
-        f"error: {tmp_path / 'numbers.npz'}: {message}"
-    ), said.err
+    assert_refused(capsys, tmp_path, arrays, changes, message)
 
 
 @pytest.mark.parametrize(
@@ -337,11 +341,7 @@ def test_a_wrong_shape_is_one_line(changes, message, capsys, tmp_path):
 )
 def test_a_wrong_padded_batch_is_one_line(changes, message, capsys, tmp_path):
     arrays = recorded(*INPUTS["padded_logits"])
-    arrays |= {name: change(arrays[name]) for name, change in changes.items()}
-    code, said = check(capsys, tmp_path, arrays)
-    assert (code, said.err.count("\n")) == (2, 1) and said.err.startswith(
-        f"error: {tmp_path / 'numbers.npz'}: {message}"
-    ), said.err
+    assert_refused(capsys, tmp_path, arrays, changes, message)
 
 
 @pytest.mark.parametrize(
