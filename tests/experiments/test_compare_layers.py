@@ -618,7 +618,7 @@ def test_random_weights_take_a_name_and_a_seed(capsys, tmp_path, monkeypatch):
         return np.arange(rows * length).reshape(rows, length)
 
     monkeypatch.setattr(modes, "sampled_tokens", tokens)
-    monkeypatch.setattr(cli, "named_model", {"small": config("m1_kernel")}.__getitem__)
+    monkeypatch.setattr(cli, "named_model", lambda name, flag: {"small": config("m1_kernel")}[name])
     argv = ["--random=small", "--rows=2", "--tokens=24", f"--out={tmp_path / 'o.png'}"]
     outputs = [call(capsys, *argv, f"--seed={seed}")[1].out for seed in (0, 0, 1)]
     assert outputs[0] == outputs[1] != outputs[2] and seeds == [0, 0, 1]
