@@ -11,14 +11,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from m1jax.errors import UserError
 
 T = TypeVar("T")
+
+
+def named_function(name: str, field: str) -> Callable[..., Any]:
+    """The function that "module:function" names, for a field of a config that takes one.
+
+    Raises:
+        ValueError: there is none; the message starts with the field.
+    """
+    module, colon, function = name.partition(":")
+    try:
+        if not (module and colon and function):
+            raise ImportError("it is not of the form module:function")
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{field}: cannot load {name!r} ({error}); write module:function") from error
+
+
 MISSING = "(absent)"
 """What `changed_keys` reports for the side that lacks a key."""
 

@@ -15,7 +15,6 @@ sits in w_t (see `m1jax.rl.batch`), so no split of the batch into micro-batches 
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from m1jax.config import named_function
 from m1jax.types import AGGREGATIONS
 
 MAX_LOG_RATIO = 20.0
@@ -134,15 +134,7 @@ def find_mask(name: str) -> Mask:
     Raises:
         ValueError: there is none.
     """
-    if name in MASKS:
-        return MASKS[name]
-    module, colon, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function) if colon else MASKS[name]
-    except (ImportError, AttributeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"mask: {name!r} is none of {', '.join(MASKS)}, and no module:function that can be imported"
-        ) from error
+    return MASKS[name] if name in MASKS else named_function(name, "mask")
 
 
 # -- settings ----------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ down and closed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -117,6 +118,7 @@ class Run:
         cursor: global prompt index of the next prompt.
         state: parameters, optimizer, PRNG key.
         saved: step of the newest checkpoint, -1 before the first.
+        cpu: CPU seconds of this process when the last step was recorded.
         outcome: held-out tables and answers of the first and of the last evaluation, and seconds by stage so far.
     """
 
@@ -135,6 +137,7 @@ class Run:
     step: int = 0
     cursor: int = 0
     saved: int = -1
+    cpu: float = 0.0
     outcome: dict[str, Any] = field(default_factory=lambda: {"heldout": {}, "samples": {}, "seconds": {}})
     pending: dict[str, float] = field(default_factory=dict)
 
@@ -171,13 +174,14 @@ class Run:
 
     def record(self, metrics: dict[str, float]) -> None:
         """Send the metrics of this step to the sinks, with the seconds of each stage and the step's throughput."""
-        lap = self.clock.lap()
+        lap, cpu = self.clock.lap(), time.process_time()
         total = self.outcome["seconds"]
         for stage, seconds in lap.items():
             total[stage] = total.get(stage, 0.0) + seconds
         metrics = metrics | self.pending | {f"time/{stage}": seconds for stage, seconds in lap.items()}
         if tokens := metrics.get("rollout/tokens"):
             metrics["time/tokens_per_second"] = tokens / max(sum(lap.values()) - lap.get("compile", 0.0), 1e-9)
+        metrics["time/cpu"], self.cpu = cpu - self.cpu, cpu
         self.pending = {}
         self.sinks.write(self.step, metrics)
 

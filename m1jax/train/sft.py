@@ -1,7 +1,10 @@
-"""Supervised fine-tuning: worked solutions, packed rows, loss on the answers only. Settings, data and loop.
+"""Next-token training on text of the tasks: fine-tuning on worked solutions, or pre-training. Settings, data and loop.
 
 result = train(config, "runs/sft")
 result.params
+
+Rows are packed. With `loss_on="answers"` the loss is on the answers only (SFT); with "all" every token but BOS is
+learnt, questions too, which makes a base model.
 """
 
 from __future__ import annotations
@@ -16,13 +19,12 @@ import grain
 import jax
 import numpy as np
 
-from m1jax.config import to_dict
+from m1jax.config import named_function, to_dict
 from m1jax.data.chat import render
 from m1jax.data.problems import TrainProblems, parse_mix, parse_tasks
 from m1jax.data.settings import ProblemsConfig, TokenizerConfig
 from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
 from m1jax.data.tokenizer_files import save_tokenizer
-from m1jax.data.worked_solutions import worked_solution
 from m1jax.errors import UserError, require_finite
 from m1jax.model.config import ModelConfig
 from m1jax.sharding import check_rows, data_mesh, replicated
@@ -36,6 +38,8 @@ from m1jax.train.optimizer import OptimizerConfig, make_optimizer
 from m1jax.train.pretrained import HUGGINGFACE, init_params
 from m1jax.train.settings import CheckpointConfig
 from m1jax.train.state import init_state
+
+LOSS_ON = ("answers", "all")
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,10 @@ class SFTConfig:
     Attributes:
         seed: of parameters, order of problems and slips of the solutions.
         steps: updates.
-        tasks: comma-separated task specs; each needs worked solutions (`m1jax.data.worked_solutions`).
+        tasks: comma-separated task specs.
+        text: what follows a question: a function `(problem, rng, reflection) -> text` as "module:function". The default
+            writes worked solutions and refuses a task that has none.
+        loss_on: "answers", or "all" for the questions too.
         reflection: probability, for every step of a solution, of a slip that the solution then corrects.
         balance_coefficient: weight of the experts' load-balancing loss.
         init_from: run or checkpoint folder to start from; "" starts from random parameters.
@@ -82,6 +89,8 @@ class SFTConfig:
     rows: RowsConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig
+    text: str = "m1jax.data.worked_solutions:worked_solution"
+    loss_on: str = "answers"
     reflection: float = 0.1
     balance_coefficient: float = 1e-3
     init_from: str = ""
@@ -89,6 +98,9 @@ class SFTConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps} must be at least 1")
+        if self.loss_on not in LOSS_ON:
+            raise ValueError(f"loss_on: {self.loss_on!r} must be one of {LOSS_ON}")
+        named_function(self.text, "text")
         if not 0 <= self.reflection < 1:
             raise ValueError(f"reflection: {self.reflection} must be at least 0 and below 1")
         if self.rows.tokens > self.model.max_positions > 0:
@@ -98,7 +110,7 @@ class SFTConfig:
             )
 
 
-class WorkedSolutions:
+class Sequences:
     """Sequence number i of a run: prompt ids, and answer ids with the stop token. The same i gives the same ids."""
 
     def __init__(self, config: SFTConfig):
@@ -107,8 +119,9 @@ class WorkedSolutions:
         check_vocab_size(c.model.vocab_size, self._tokenizer, c.tokenizer.path)
         tasks = parse_tasks(c.tasks)
         problems = TrainProblems(tasks, c.problems.heldout_share, c.problems.per_task, c.seed, parse_mix(c.tasks))
+        self._text = named_function(c.text, "text")
         for task in tasks:
-            worked_solution(task[0], Random(0), 0.0)  # a task without solutions is refused before anything runs
+            self._text(task[0], Random(0), 0.0)  # a task without solutions is refused before anything runs
         self._order = grain.MapDataset.source(problems).seed(c.seed).shuffle().repeat()
 
     def __getitem__(self, index: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -123,15 +136,15 @@ class WorkedSolutions:
                 f"prompt {index} of task {problem.task} has {len(prompt)} tokens, the window "
                 f"{c.problems.max_prompt_tokens}; raise config.problems.max_prompt_tokens"
             )
-        text = worked_solution(problem, Random(f"{c.seed}/{index}"), c.reflection)
+        text = self._text(problem, Random(f"{c.seed}/{index}"), c.reflection)
         return prompt, (*tokenizer.encode(text), tokenizer.stop_ids[0])
 
 
-def pack_rows(sequences: WorkedSolutions, cursor: int, rows: RowsConfig) -> tuple[TokenBatch, int]:
+def pack_rows(sequences: Sequences, cursor: int, rows: RowsConfig, loss_on: str = "answers") -> tuple[TokenBatch, int]:
     """Fill the rows of one update with sequences cursor, cursor + 1, ... until the next one finds no place.
 
     Returns:
-        The batch, every answer token of equal weight (their sum is 1), and the cursor of the next update.
+        The batch, every token that is learnt of equal weight (their sum is 1), and the cursor of the next update.
     """
     lead = (rows.per_update, rows.tokens)
     tokens, segments, weights = np.zeros(lead, np.int32), np.zeros(lead, np.int32), np.zeros(lead, np.float32)
@@ -149,7 +162,8 @@ def pack_rows(sequences: WorkedSolutions, cursor: int, rows: RowsConfig) -> tupl
         whole = slice(used[row], used[row] + length)
         tokens[row, whole] = prompt + answer
         segments[row, whole] = count[row]
-        weights[row, used[row] + len(prompt) : used[row] + length] = 1.0
+        learnt = used[row] + (len(prompt) if loss_on == "answers" else 1)  # nothing comes before the first token
+        weights[row, learnt : used[row] + length] = 1.0
         used[row] += length
     weights /= weights.sum()
     cut = lambda x: x.reshape(-1, rows.micro_batch_rows, rows.tokens)  # noqa: E731
@@ -164,7 +178,7 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     """
     folder, mesh = Path(workdir), data_mesh()
     check_rows(config.rows.micro_batch_rows, "config.rows.micro_batch_rows", mesh)
-    sequences = WorkedSolutions(config)
+    sequences = Sequences(config)
     optimizer = make_optimizer(config.optimizer)
     fresh = not steps(folder / "checkpoints")
     params = None
@@ -201,7 +215,7 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
         stack.callback(sinks.close)
         while step < config.steps and not stop.requested:
             with clock.stage("batch"):
-                batch, cursor = pack_rows(sequences, cursor, config.rows)
+                batch, cursor = pack_rows(sequences, cursor, config.rows, config.loss_on)
             with clock.stage("update"):
                 state, metrics = update(state, batch)
                 metrics = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}

@@ -1,0 +1,174 @@
+"""All runs of the study, two at a time on a core of their own: base model, tuning, then the runs that count.
+
+    python -m experiments.cispo_vs_dapo_vs_grpo.run --phase=tune      rates, on seeds of their own
+    python -m experiments.cispo_vs_dapo_vs_grpo.run                   the study with the rates that won
+    ... [--workdir=runs/cispo_vs_dapo_vs_grpo] [--workers=2] [--smoke]
+
+Each run is one `experiments.train_rl` command and leaves one file of `results/` (with --smoke, of WORKDIR/results):
+a line about the run, then a line of metrics a step. A file that is there is not run again, so the command goes on where
+it was stopped. `python -m experiments.cispo_vs_dapo_vs_grpo.table` reads the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from configs.sft_tiny_cpu import BITS, SUMS
+from experiments import cli
+from experiments.cispo_vs_dapo_vs_grpo.results import ALGORITHMS, RESULTS, best_rates, load
+from m1jax.errors import UserError
+from m1jax.train import report
+
+TASKS = {"count_bits": BITS, "basic_arithmetic": SUMS}
+RATES = (1e-4, 2e-4, 4e-4)
+TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
+CONFIG, BASE_CONFIG = "configs/zero_rl_tiny_cpu.py", "configs/base_tiny_cpu.py"
+KEPT = ("reward/", "rollout/", "train/", "mismatch/", "ratio/", "gradient/", "optimizer/", "heldout/", "time/")
+"""Metrics that a result keeps; histograms by decade are left out."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the study."""
+
+    phase: str
+    task: str
+    algorithm: str
+    seed: int
+    learning_rate: float
+
+    @property
+    def name(self) -> str:
+        """File name of its result."""
+        rate = f"_lr{self.learning_rate:g}" if self.phase == "tune" else ""
+        return f"{self.task}_{self.algorithm}{rate}_seed{self.seed}"
+
+    def command(self, base: Path, folder: Path, smoke: bool) -> list[str]:
+        """What a reader would type."""
+        return [
+            sys.executable, "-m", "experiments.train_rl", f"--config={CONFIG}{':smoke' * smoke}",
+            f"--workdir={folder}", f"--init_from={base}", f"--config.seed={self.seed}",
+            f"--config.tasks={TASKS[self.task]}", f"--config.loss={self.algorithm}",
+            f"--config.optimizer.learning_rate={self.learning_rate:g}",
+        ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--phase", choices=("tune", "study"), default="study")
+    parser.add_argument("--workdir", default="runs/cispo_vs_dapo_vs_grpo")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--smoke", action="store_true", help="two steps of small batches, one seed; into the workdir")
+    arguments = parser.parse_args()
+    workdir = Path(arguments.workdir)
+    results = workdir / "results" if arguments.smoke else RESULTS
+    command = " ".join([sys.executable, "-m", "experiments.cispo_vs_dapo_vs_grpo.run", *sys.argv[1:]])
+    raise SystemExit(
+        cli.guard(lambda: study(arguments.phase, workdir, results, arguments.workers, arguments.smoke), command)
+    )
+
+
+def jobs(phase: str, results: Path, smoke: bool) -> list[Job]:
+    """The runs of a phase. Seeds come outermost: what is there after a stop is paired.
+
+    Raises:
+        UserError: the study is asked for before its rates are tuned.
+    """
+    cells = itertools.product(TASKS, ALGORITHMS)
+    if phase == "tune":
+        seeds, rates = (TUNING_SEEDS[:1], RATES[:1]) if smoke else (TUNING_SEEDS, RATES)
+        return [Job(phase, t, a, s, r) for s in seeds for r in rates for t, a in itertools.product(TASKS, ALGORITHMS)]
+    best = best_rates(load(results / "tune"))
+    if missing := [f"{t} {a}" for t, a in cells if (t, a) not in best]:
+        raise UserError(f"{results}/tune: no tuned rate for {', '.join(missing)}; run with --phase=tune first")
+    return [
+        Job(phase, t, a, s, best[t, a])
+        for s in (SEEDS[:1] if smoke else SEEDS)
+        for t, a in itertools.product(TASKS, ALGORITHMS)
+    ]
+
+
+def study(phase: str, workdir: Path, results: Path, workers: int, smoke: bool) -> None:
+    """Run what is not there yet."""
+    base = make_base(workdir, smoke)
+    todo = [job for job in jobs(phase, results, smoke) if not (results / phase / f"{job.name}.jsonl").exists()]
+    total = len(jobs(phase, results, smoke))
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
+    free = [cores[i % len(cores)] for i in range(workers)]
+    running: dict[int, tuple[Job, Path, Any, Any]] = {}
+    with tqdm(total=total, initial=total - len(todo), desc=phase, unit="run") as bar:
+        while todo or running:
+            while todo and free:
+                job, core = todo.pop(0), free.pop()
+                folder = workdir / phase / job.name
+                folder.mkdir(parents=True, exist_ok=True)
+                process = start(job.command(base, folder, smoke), folder / "log.txt", core)
+                running[process.pid] = (job, folder, core, process)
+            time.sleep(0.5)
+            for pid, (job, folder, core, process) in list(running.items()):
+                found, status, usage = os.wait4(pid, os.WNOHANG)
+                if not found:
+                    continue
+                process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen does not wait for it again
+                del running[pid]
+                free.append(core)
+                if process.returncode:
+                    for _, _, _, other in running.values():
+                        other.terminate()
+                    raise UserError(f"{job.name} ended with code {process.returncode}; its output: {folder}/log.txt")
+                keep(job, folder, usage.ru_utime + usage.ru_stime, results / phase / f"{job.name}.jsonl")
+                bar.update()
+                bar.set_postfix_str(job.name)
+
+
+def make_base(workdir: Path, smoke: bool) -> Path:
+    """The base model's run folder, trained where it is not."""
+    base = workdir / "base"
+    if not (base / report.SUMMARY).exists():
+        config = BASE_CONFIG + ":smoke" * smoke
+        subprocess.run(
+            [sys.executable, "-m", "experiments.train_sft", f"--config={config}", f"--workdir={base}"], check=True
+        )
+    return base
+
+
+def start(command: list[str], log: Path, core: int | None) -> subprocess.Popen:
+    """The command on one core, one device with one thread, its output in `log`."""
+
+    def pin() -> None:
+        if core is not None:
+            os.sched_setaffinity(0, {core})
+
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    with log.open("a") as stream:
+        return subprocess.Popen(command, stdout=stream, stderr=stream, env=environment, preexec_fn=pin)
+
+
+def keep(job: Job, folder: Path, cpu_seconds: float, path: Path) -> None:
+    """Write a finished run's result, whole or not at all."""
+    run = report.load_run(folder)
+    about = asdict(job) | {"cpu_seconds": round(cpu_seconds, 1), "config": run.config}
+    rows = [
+        {"step": row["step"]}
+        | {k: float(f"{v:.5g}") for k, v in row.items() if k.startswith(KEPT) and "log10" not in k and v is not None}
+        for row in run.metrics
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(".new")
+    staging.write_text("".join(json.dumps(line) + "\n" for line in [about, *rows]))
+    staging.replace(path)
+
+
+if __name__ == "__main__":
+    main()
