@@ -1,6 +1,6 @@
 """A tiny base model: next-token pre-training on pages about two tasks, for reinforcement learning without SFT.
 
-    python -m experiments.train_sft --config=configs/base_tiny_cpu.py --workdir=runs/base_tiny
+    python -m experiments.train_sft --config=configs/base_tiny_cpu.py --workdir=runs/base
 
 What the pages look like: experiments/cispo_vs_dapo_vs_grpo/corpus.py.
 """

@@ -1,6 +1,6 @@
 """Zero-RL of the tiny base model, 16 updates per generation batch: the setting in which algorithms differ.
 
-    python -m experiments.train_rl --config=configs/zero_rl_tiny_cpu.py --workdir=runs/zero_rl --init_from=runs/base_tiny
+    python -m experiments.train_rl --config=configs/zero_rl_tiny_cpu.py --workdir=runs/zero_rl --init_from=runs/base
 
 With --config.loss=dapo or grpo instead; experiments/cispo_vs_dapo_vs_grpo compares them.
 """

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 OURS = ("m1jax", "configs", "experiments", "launch", "tests")
 
 STAGES = (
-    "prompts", "engine_local", "stream", "advantage", "batch", "loss", "update", "evaluate", "monitors", "run", "loop",
+    "prompts", "engine_local", "stream", "advantage", "batch", "loss", "diagnostics", "update", "evaluate",
+    "monitors", "run", "loop",
 )  # fmt: skip
 
 ARROWS = {
@@ -40,7 +41,17 @@ ARROWS = {
         "m1jax.train",
         *(f"m1jax.rl.{s}" for s in STAGES if s != "engine_local"),
     ),  # fmt: skip
-    "m1jax/rl/update.py": ("m1jax.data", "m1jax.rewards", *(f"m1jax.rl.{s}" for s in STAGES if s != "loss")),
+    "m1jax/rl/update.py": (
+        "m1jax.data",
+        "m1jax.rewards",
+        *(f"m1jax.rl.{s}" for s in STAGES if s not in ("loss", "diagnostics")),
+    ),
+    "m1jax/rl/diagnostics.py": (
+        "m1jax.model",
+        "m1jax.data",
+        "m1jax.rewards",
+        *(f"m1jax.rl.{s}" for s in STAGES if s != "loss"),
+    ),
     "configs": ("jax", "flax", "m1jax", "experiments", "launch", "tests"),
     "experiments": ("launch", "tests"),
 }

@@ -134,7 +134,10 @@ def find_mask(name: str) -> Mask:
     Raises:
         ValueError: there is none.
     """
-    return MASKS[name] if name in MASKS else named_function(name, "mask")
+    try:
+        return MASKS[name] if name in MASKS else named_function(name, "mask")
+    except ValueError as error:
+        raise ValueError(f"{error}, or one of {', '.join(MASKS)}") from error
 
 
 # -- settings ----------------------------------------------------------------------------------------------------

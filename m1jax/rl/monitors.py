@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from m1jax.rl.update import GRADIENT_DECADES
+from m1jax.rl.diagnostics import GRADIENT_DECADES, PROBABILITIES
 from m1jax.types import ENDINGS, Prompt, Rollout
 
 
@@ -17,12 +17,15 @@ def rollout_metrics(
     correct_PR: np.ndarray,
     live_PR: np.ndarray,
 ) -> dict[str, float]:
-    """Reward, accuracy by task, entropy, length by ending, shares of endings and of groups without variance."""
+    """Reward, accuracy by task, entropy, length by ending and outcome, shares of endings and of groups without variance.
+
+    A NaN among the rewards is a response without one; it counts in everything but the mean reward.
+    """
     flat = [r for group in rollouts for r in group]
     lengths = np.array([len(r.token_ids) for r in flat])
     surprisals = -np.concatenate([r.rollout_logprobs for r in flat])
     metrics = {
-        "reward/mean": float(rewards_PR.mean()),
+        "reward/mean": float(np.nanmean(rewards_PR)) if (rewards_PR == rewards_PR).any() else 0.0,
         "reward/accuracy": float(correct_PR.mean()),
         "reward/zero_variance_share": float(1 - live_PR.any(axis=1).mean()),
         "rollout/length_mean": float(lengths.mean()),
@@ -30,10 +33,14 @@ def rollout_metrics(
         "rollout/tokens": int(lengths.sum()),
         # -log p of what was sampled: unbiased for the entropy, over all responses, groups that leave the batch too.
         "rollout/entropy": float(surprisals.mean()),
+        "rollout/perplexity": float(np.exp(surprisals.mean())),
     }
     for task in dict.fromkeys(p.problem.task for p in prompts):
         mine = np.array([p.problem.task == task for p in prompts])
         metrics[f"reward/accuracy/{task}"] = float(correct_PR[mine].mean())
+    for outcome, mine in (("correct", correct_PR.ravel() >= 1), ("incorrect", correct_PR.ravel() < 1)):
+        if mine.any():
+            metrics[f"rollout/length_{outcome}"] = float(lengths[mine].mean())
     for ending in ENDINGS:
         mine = np.array([r.ending == ending for r in flat])
         metrics[f"rollout/share_{ending}"] = float(mine.mean())
@@ -77,9 +84,27 @@ def update_metrics(device: Mapping[str, np.ndarray]) -> dict[str, float]:
         "gradient/share_below_1e-14": mean("gradient_share_below_1e-14"),
         "gradient/share_zero": mean("gradient_share_zero"),
     }
+    names = _bin_names()
+    for what in ("capped", "dropped"):
+        shares = values[f"{what}_by_probability"].sum(axis=0) / np.maximum(
+            values["tokens_by_probability"].sum(axis=0), 1
+        )
+        metrics |= {f"ratio/{what}_share_{name}": share for name, share in zip(names, shares, strict=True)}
     if later.size:
         metrics["ratio/abs_log_later_updates"] = later.mean()
+        if rare := values["tokens_by_probability"][1:, 0].sum():
+            metrics["rare/gradient_share_later_updates"] = 1 - values["dropped_by_probability"][1:, 0].sum() / rare
+        if np.isfinite(cosines := values["gradient_cosine"][1:]).any():
+            metrics["gradient/cosine_consecutive"] = np.nanmean(cosines)
+    if "eps_dominated_share" in values:
+        metrics["optimizer/eps_dominated_share"] = values["eps_dominated_share"][-1]
     counts = values["gradient_histogram"].mean(axis=0)
     for decade, count in zip(range(*GRADIENT_DECADES), counts / max(counts.sum(), 1), strict=True):
         metrics[f"gradient/log10_{decade}"] = count
     return {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+
+
+def _bin_names() -> list[str]:
+    """`p_below_0.1`, `p_0.1_to_0.5`, `p_above_0.5`."""
+    between = [f"p_{low:g}_to_{high:g}" for low, high in zip(PROBABILITIES, PROBABILITIES[1:], strict=False)]
+    return [f"p_below_{PROBABILITIES[0]:g}", *between, f"p_above_{PROBABILITIES[-1]:g}"]

@@ -182,6 +182,7 @@ class Run:
         if tokens := metrics.get("rollout/tokens"):
             metrics["time/tokens_per_second"] = tokens / max(sum(lap.values()) - lap.get("compile", 0.0), 1e-9)
         metrics["time/cpu"], self.cpu = cpu - self.cpu, cpu
+        metrics["time/compiles"] = self.clock.compiles
         self.pending = {}
         self.sinks.write(self.step, metrics)
 
@@ -336,7 +337,7 @@ def open_run(
         engine.set_weights(state.params, step)
         update = make_update(
             config.model, config.loss, optimizer, mesh,
-            temperature=config.sampling.temperature, passes=config.update.passes,
+            temperature=config.sampling.temperature, passes=config.update.passes, adam=config.optimizer,
         )  # fmt: skip
         log(config.loss.describe())
         for line in config.warnings():

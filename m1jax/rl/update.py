@@ -16,25 +16,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from m1jax.model.config import ModelConfig
 from m1jax.model.logprobs import token_logprobs
-from m1jax.rl.loss import LossConfig, LossInput, importance_ratio, kept, mismatch_weight, policy_loss
+from m1jax.rl.diagnostics import cosine, eps_dominated_share, gradient_magnitudes, sample_entries, token_metrics
+from m1jax.rl.loss import LossConfig, LossInput, mismatch_weight, policy_loss
 from m1jax.sharding import DATA
+from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.state import TrainState, apply_gradients
 from m1jax.types import Batch, Params
 
 REPLICATED, ROWS = PartitionSpec(), PartitionSpec(None, DATA)
 """Parameters lie whole on every device; a micro-batch's rows (axis 1 of [M, B, T]) are dealt out."""
-
-GRADIENT_DECADES = (-20, 1)
-"""Range of the log10-gradient histogram; smaller and larger magnitudes fall into its first and last bin."""
-
-GRADIENT_SAMPLE = 2**14
-"""Entries of one parameter array that the histogram looks at: a share is known to 0.004."""
 
 
 def make_update(
@@ -45,10 +40,12 @@ def make_update(
     *,
     temperature: float,
     passes: int,
+    adam: OptimizerConfig | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The update function of a run, jitted, with the state donated.
 
-    Metrics come back as arrays over the updates [passes * U] (see `_update_metrics`), the histogram with one more axis.
+    Metrics come back as arrays over the updates [passes * U] (see `m1jax.rl.diagnostics`), histograms with one more
+    axis. `adam` says what `optimizer` is, for the share of its denominators under eps.
     """
     logprobs = partial(_batch_logprobs, model=model, temperature=temperature)
 
@@ -83,12 +80,17 @@ def make_update(
             weights_BT = weights_BT * mismatch_weight(anchor_BT, batch.rollout_logprobs, live_BT, loss.mismatch_cap)
         return LossInput(policy_BT, anchor_BT, batch.advantages, weights_BT, batch.group_ids)
 
-    def one_update(state: TrainState, mini: tuple[Batch, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
-        micro_batches, anchors = mini
+    def one_update(carry, mini: tuple[Batch, jax.Array]):
+        (state, previous), (micro_batches, anchors) = carry, mini
         grads, value, policy_MBT, entropy_MBT = summed_gradients(state.params, micro_batches, anchors)
-        state, norms = apply_gradients(state, grads, optimizer, live=(micro_batches.weights > 0).any())
-        metrics = _update_metrics(micro_batches, loss_input(micro_batches, anchors, policy_MBT), entropy_MBT, loss)
-        return state, {"loss": value, **norms, **metrics, **gradient_magnitudes(grads)}
+        live = (micro_batches.weights > 0).any()
+        state, norms = apply_gradients(state, grads, optimizer, live)
+        sample = sample_entries(grads)
+        metrics = token_metrics(micro_batches, loss_input(micro_batches, anchors, policy_MBT), entropy_MBT, loss)
+        metrics |= gradient_magnitudes(sample) | {"gradient_cosine": cosine(sample, previous)} | norms
+        if adam is not None:
+            metrics["eps_dominated_share"] = eps_dominated_share(state, adam)
+        return (state, jax.tree.map(partial(jnp.where, live), sample, previous)), metrics | {"loss": value}
 
     @partial(jax.shard_map, mesh=mesh, check_vma=False, in_specs=(REPLICATED, ROWS), out_specs=ROWS)
     def trainer_anchors(params: Params, micro_batches: Batch) -> jax.Array:
@@ -100,8 +102,9 @@ def make_update(
         anchors = batch.rollout_logprobs
         if loss.ratio_anchor == "trainer":
             anchors = jax.lax.map(partial(trainer_anchors, state.params), batch)
-        one_pass = lambda state, _: jax.lax.scan(one_update, state, (batch, anchors))  # noqa: E731
-        state, metrics = jax.lax.scan(one_pass, state, length=passes)
+        one_pass = lambda carry, _: jax.lax.scan(one_update, carry, (batch, anchors))  # noqa: E731
+        nothing = jax.tree.map(jnp.zeros_like, sample_entries(state.params))  # before the first update
+        (state, _), metrics = jax.lax.scan(one_pass, (state, nothing), length=passes)
         return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
 
     return update
@@ -117,65 +120,3 @@ def skip_if_empty(batch: Batch, compute: Callable[[Batch], Any], otherwise: Any)
 def _batch_logprobs(params: Params, batch: Batch, *, model: ModelConfig, temperature: float):
     policy_BT, entropy_BT, _ = token_logprobs(params, model, batch.tokens, batch.segment_ids, temperature)
     return policy_BT, entropy_BT
-
-
-def _update_metrics(batch: Batch, x: LossInput, entropy: jax.Array, loss: LossConfig) -> dict[str, jax.Array]:
-    """Scalars of one update over its live tokens; `policy` is before the update's own step.
-
-    E1 of the paper: `probability_correlation` is Pearson's between exp(policy) and exp(rollout) log-probabilities,
-    `largest_logprob_gap` the largest |difference|; both measure trainer against engine where no update came between.
-    """
-    live, policy, anchors = batch.weights > 0, x.policy_logprobs, x.anchor_logprobs
-    count = jnp.maximum(live.sum(), 1)
-    mean = lambda x: jnp.sum(jnp.where(live, x, 0.0)) / count  # noqa: E731
-    share = lambda x: jnp.sum(x & live) / count  # noqa: E731
-    ratio, dropped = importance_ratio(policy, anchors, live), ~kept(x, loss)
-    p, q = (jnp.where(live, jnp.exp(jnp.where(live, x, 0.0)), 0.0) for x in (policy, batch.rollout_logprobs))
-    p, q = jnp.where(live, p - mean(p), 0.0), jnp.where(live, q - mean(q), 0.0)
-    covariance, deviation = jnp.sum(p * q), jnp.sqrt(jnp.sum(p * p) * jnp.sum(q * q))
-    gap = jnp.where(live, jnp.abs(policy - batch.rollout_logprobs), 0.0)
-    return {
-        "tokens": live.sum(),
-        "entropy": mean(entropy),
-        "abs_log_ratio": mean(jnp.abs(policy - anchors)),
-        "largest_abs_log_ratio": jnp.where(live, jnp.abs(policy - anchors), 0.0).max(),
-        "ratio_mean": mean(ratio),
-        "ratio_capped_mean": mean(jnp.clip(ratio, loss.weight_floor, loss.cap)),
-        "ratio_largest": jnp.where(live, ratio, 0.0).max(),
-        "capped_share_positive": share((ratio > loss.cap) & (batch.advantages > 0)),
-        "capped_share_negative": share((ratio > loss.cap) & (batch.advantages < 0)),
-        "dropped_share_positive": share(dropped & (batch.advantages > 0)),
-        "dropped_share_negative": share(dropped & (batch.advantages < 0)),
-        "probability_correlation": jnp.where(deviation > 0, covariance / jnp.maximum(deviation, 1e-30), 1.0),
-        "largest_logprob_gap": gap.max(),
-    }
-
-
-def gradient_magnitudes(grads: Params) -> dict[str, jax.Array]:
-    """E2 of the paper: histogram of log10 |gradient| (counts per decade) and the share below 1e-14.
-
-    Exact zeros (experts that got no token, ids that did not occur) are counted apart. Of a large array a fixed random
-    sample stands for all its entries: to look at every one took a quarter of an update.
-    """
-    low, high = GRADIENT_DECADES
-    samples = [_sample(g) for g in jax.tree.leaves(grads)]
-    magnitudes = jnp.concatenate([jnp.abs(x).astype(jnp.float32) for x, _ in samples])
-    stands_for = jnp.concatenate([jnp.full(x.shape, entries, jnp.float32) for x, entries in samples])
-    count = lambda which: jnp.sum(jnp.where(which, stands_for, 0.0))  # noqa: E731
-    zero = magnitudes == 0
-    decade = jnp.clip(jnp.floor(jnp.log10(jnp.where(zero, 1.0, magnitudes))), low, high - 1).astype(jnp.int32) - low
-    nonzero = jnp.maximum(count(~zero), 1)
-    return {
-        "gradient_histogram": jnp.stack([count((decade == d) & ~zero) for d in range(high - low)]),
-        "gradient_share_below_1e-14": count((magnitudes < 1e-14) & ~zero) / nonzero,
-        "gradient_share_zero": count(zero) / stands_for.sum(),
-    }
-
-
-def _sample(g: jax.Array) -> tuple[jax.Array, float]:
-    """Entries of `g`, all of them or GRADIENT_SAMPLE at places drawn once, and how many entries each stands for."""
-    if g.size <= GRADIENT_SAMPLE:
-        return g.reshape(-1), 1.0
-    draw = np.random.default_rng(0)
-    places = tuple(draw.integers(0, n, GRADIENT_SAMPLE) for n in g.shape)  # by axis: no index overflows
-    return g[places], g.size / GRADIENT_SAMPLE

@@ -13,11 +13,13 @@ import jax
 class Clock:
     """Adds up wall seconds per stage; what JAX spends on tracing, lowering and compiling goes to "compile" instead.
 
-    JAX reports each such span when it ends; spans nest (a trace inside a trace), so the union of them is what counts.
+    `compiles` counts the programs that were compiled, or read from the compilation cache, since the start: within a run
+    it stands still after the first step. JAX reports each such span when it ends; spans nest (a trace inside a trace), so the union of them is what counts.
     """
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
+        self.compiles = 0
         self._spans: list[tuple[float, float]] = []
         jax.monitoring.register_event_duration_secs_listener(self._on_span)
 
@@ -45,6 +47,7 @@ class Clock:
         jax.monitoring.unregister_event_duration_listener(self._on_span)
 
     def _on_span(self, event: str, duration_secs: float, **_: object) -> None:
+        self.compiles += event == "/jax/core/compile/backend_compile_duration"
         if event.startswith("/jax/core/compile/"):
             now = time.monotonic()
             self._spans.append((now - duration_secs, now))

@@ -11,7 +11,7 @@ import pytest
 from m1jax.model.logprobs import token_logprobs
 from m1jax.rl.engine_local import LocalEngine
 from m1jax.rl.loss import LossConfig, LossInput, cispo
-from m1jax.rl.update import gradient_magnitudes, make_update
+from m1jax.rl.update import make_update
 from m1jax.sharding import data_mesh
 from m1jax.train.optimizer import OptimizerConfig, make_optimizer
 from m1jax.train.state import TrainState, init_state
@@ -212,29 +212,6 @@ def test_correlation_is_pearsons():
     _, metrics = update(init_state(0, model, optimizer, MESH, params), batch)
     np.testing.assert_allclose(metrics["probability_correlation"][0], expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["entropy"][0], np.asarray(entropy_BT)[live].mean(), rtol=1e-5)
-
-
-def test_gradient_histogram_by_hand():
-    metrics = gradient_magnitudes({"a": jnp.array([0.0, 1e-15, -3e-15]), "b": jnp.array([2e-3, 5.0, 1e-30])})
-    counts = dict(zip(range(-20, 1), metrics["gradient_histogram"].tolist(), strict=False))
-    assert counts[-15] == 2 and counts[-3] == 1 and counts[0] == 1 and counts[-20] == 1
-    np.testing.assert_allclose(metrics["gradient_share_below_1e-14"], 3 / 5)
-    np.testing.assert_allclose(metrics["gradient_share_zero"], 1 / 6)
-
-
-def test_gradient_histogram_of_a_large_array_is_that_of_a_sample():
-    """A quarter zeros, the rest in two decades; beside it a small array, whose entries count once each."""
-    rng = np.random.default_rng(0)
-    large = jnp.asarray(rng.choice([0.0, 3e-5, 3e-5, 3e-15], (60, 40, 50)))
-    metrics = gradient_magnitudes({"large": large, "small": jnp.full(7, 2e-3)})
-    counts = dict(zip(range(-20, 1), metrics["gradient_histogram"].tolist(), strict=False))
-    deviation = 0.5 / np.sqrt(2**14)  # of a share in a sample, at most
-    assert counts[-3] == 7
-    assert abs(counts[-5] / large.size - 0.5) < 5 * deviation and abs(counts[-15] / large.size - 0.25) < 5 * deviation
-    np.testing.assert_allclose(metrics["gradient_share_below_1e-14"], 1 / 3, atol=5 * deviation)
-    np.testing.assert_allclose(metrics["gradient_share_zero"], 1 / 4, atol=5 * deviation)
-    again = gradient_magnitudes({"large": large, "small": jnp.full(7, 2e-3)})
-    np.testing.assert_array_equal(metrics["gradient_histogram"], again["gradient_histogram"])
 
 
 def test_the_loss_of_the_update_is_the_loss_function():
