@@ -17,7 +17,7 @@ def rollout_metrics(
     correct_PR: np.ndarray,
     live_PR: np.ndarray,
 ) -> dict[str, float]:
-    """Reward, accuracy by task, entropy, length by ending and outcome, shares of endings and of groups without variance.
+    """Reward, accuracy by task, entropy, lengths by ending and outcome, shares of endings and of dead groups.
 
     A NaN among the rewards is a response without one; it counts in everything but the mean reward.
     """
@@ -86,9 +86,8 @@ def update_metrics(device: Mapping[str, np.ndarray]) -> dict[str, float]:
     }
     names = _bin_names()
     for what in ("capped", "dropped"):
-        shares = values[f"{what}_by_probability"].sum(axis=0) / np.maximum(
-            values["tokens_by_probability"].sum(axis=0), 1
-        )
+        counts, of = (values[f"{n}_by_probability"].sum(axis=0) for n in (what, "tokens"))
+        shares = counts / np.maximum(of, 1)
         metrics |= {f"ratio/{what}_share_{name}": share for name, share in zip(names, shares, strict=True)}
     if later.size:
         metrics["ratio/abs_log_later_updates"] = later.mean()

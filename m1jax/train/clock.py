@@ -13,8 +13,9 @@ import jax
 class Clock:
     """Adds up wall seconds per stage; what JAX spends on tracing, lowering and compiling goes to "compile" instead.
 
-    `compiles` counts the programs that were compiled, or read from the compilation cache, since the start: within a run
-    it stands still after the first step. JAX reports each such span when it ends; spans nest (a trace inside a trace), so the union of them is what counts.
+    JAX reports each such span when it ends; spans nest (a trace inside a trace), so the union of them is what counts.
+    `compiles` is the number of programs that were compiled, or read from the compilation cache, so far: within a run it
+    stands still after the first steps.
     """
 
     def __init__(self):

@@ -53,9 +53,8 @@ def test_cosine_is_that_of_the_whole_gradient(size):
     flat = lambda tree: np.concatenate([x.ravel() for x in tree.values()])  # noqa: E731
     x, y = flat(one), flat(other)
     expected = x @ y / np.linalg.norm(x) / np.linalg.norm(y)
-    entries = [
-        sample_entries({k: jnp.asarray(size * v, jnp.float32) for k, v in tree.items()}) for tree in (one, other)
-    ]
+    scaled = lambda tree: {k: jnp.asarray(size * v, jnp.float32) for k, v in tree.items()}  # noqa: E731
+    entries = [sample_entries(scaled(tree)) for tree in (one, other)]
     np.testing.assert_allclose(cosine(*entries), expected, atol=0.02)
     np.testing.assert_allclose(cosine(entries[0], entries[0]), 1.0, rtol=1e-5)
     assert np.isnan(cosine(entries[0], jax.tree.map(jnp.zeros_like, entries[0])))
@@ -88,7 +87,7 @@ def test_tokens_are_counted_by_the_probability_they_were_sampled_with():
         1,
         0,
         2,
-    ]  # 0.05 up, 0.5 down and 0.9 up; 0.2 moved the wrong way
+    ]  # 0.05 up, 0.5 down, 0.9 up
     assert counts["capped_by_probability"].tolist() == [0, 0, 0]
     counts = token_metrics(batch, x, np.zeros((1, 6)), LossConfig(weight_cap=5.0))
     assert counts["dropped_by_probability"].tolist() == [0, 0, 0]
