@@ -29,7 +29,7 @@ def dapo() -> dict:
 
 
 def grpo() -> dict:
-    """GRPO, DeepSeekMath, arXiv 2402.03300, without its KL term: every response counts the same, however long."""
+    """GRPO without its KL term, as zero-RL comparisons run it: every response counts the same, however long."""
     return dict(
         kind="ppo_clip",
         clip_low=0.2,  # our choice: PPO's value (arXiv 1707.06347); the paper gives none
@@ -37,6 +37,11 @@ def grpo() -> dict:
         aggregation="sample_mean",
         advantage_scale="group_std",
     )
+
+
+def grpo_kl() -> dict:
+    """GRPO, DeepSeekMath, arXiv 2402.03300, with its KL term to the policy that the run started from."""
+    return grpo() | dict(kl_coefficient=0.04, kl_in="loss", kl_estimator="k3")
 
 
 def dr_grpo() -> dict:

@@ -47,22 +47,29 @@ class Arguments:
         config: nested plain values: the config file with the overrides laid over it. Not yet validated.
         workdir: the run folder.
         init_from: a run folder or checkpoint to take parameters from, or None.
+        more: flags of one entry point only.
     """
 
     config: dict[str, Any]
     workdir: Path
     init_from: Path | None
+    more: argparse.Namespace
 
 
-def run(main: Callable[[Arguments], None], memory: str = MICRO_BATCH) -> NoReturn:
+def run(
+    main: Callable[[Arguments], None],
+    memory: str = MICRO_BATCH,
+    add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> NoReturn:
     """Parse the command line, call `main`, leave the process with the right exit code.
 
     Args:
         main: the entry point's own work.
         memory: what to lower where memory runs out.
+        add_flags: adds the entry point's own flags, which come as `Arguments.more`.
     """
     argv = sys.argv[1:]
-    sys.exit(guard(lambda: main(parse(argv)), _command(argv), memory))
+    sys.exit(guard(lambda: main(parse(argv, add_flags)), _command(argv), memory))
 
 
 def exit_with(main: Callable[[list[str]], None], memory: str = MICRO_BATCH, uses_jax: bool = True) -> NoReturn:
@@ -109,7 +116,7 @@ def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH,
         return _say(f"error: no space left on the disk{where}; the last good checkpoint stays", 2)
 
 
-def parse(argv: Sequence[str]) -> Arguments:
+def parse(argv: Sequence[str], add_flags: Callable[[argparse.ArgumentParser], None] = lambda parser: None) -> Arguments:
     """The arguments of a command line.
 
     Raises:
@@ -118,8 +125,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     parser = Parser(allow_abbrev=False, description="See configs/README.md for the configs and what they need.")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="run folder; an existing one is resumed")
     parser.add_argument("--init_from", metavar="PATH", help="run folder or checkpoint to take parameters from")
+    add_flags(parser)
     known, config = parse_with_config(parser, argv)
-    return Arguments(config, Path(known.workdir), Path(known.init_from) if known.init_from else None)
+    return Arguments(config, Path(known.workdir), Path(known.init_from) if known.init_from else None, known)
 
 
 def parse_with_config(

@@ -144,12 +144,13 @@ class Verdict:
     """What a verifier said of one response.
 
     Attributes:
-        score: the verifier's value in [0, 1]; 0 where it failed.
-        outcome: "scored", "error" (the verifier raised) or "timeout" (it was killed).
+        score: the verifier's value in [0, 1]; 0 where it failed, NaN where it gave none.
+        outcome: "scored", "error" (the verifier raised, or left [0, 1]), "timeout" (it was killed) or "unscored" (it
+            returned None or NaN: it does not know).
     """
 
     score: float
-    outcome: Literal["scored", "error", "timeout"] = "scored"
+    outcome: Literal["scored", "error", "timeout", "unscored"] = "scored"
 
 
 @runtime_checkable
@@ -192,6 +193,7 @@ class Batch:
         advantages: float32 [U, M, B, T].
         rollout_logprobs: float32 [U, M, B, T], by the alignment rule; 0 where `weights` is 0.
         group_ids: int32 [U, M, B, T], 1, 2, ... by prompt on the tokens that have a weight, else 0.
+        reference_logprobs: float32 [U, M, B, T] of the frozen reference, 0 where `weights` is 0; None without one.
     """
 
     tokens: Array
@@ -200,3 +202,4 @@ class Batch:
     advantages: Array
     rollout_logprobs: Array
     group_ids: Array
+    reference_logprobs: Array | None = None

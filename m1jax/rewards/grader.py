@@ -172,7 +172,8 @@ class Grader:
             if not worker.owes or index != worker.owes[0]:
                 return False
             worker.owes.popleft()
-            verdicts[index] = Verdict(0.0, "error") if score is None else Verdict(float(score))
+            outcome = "error" if score is None else "unscored" if score != score else "scored"
+            verdicts[index] = Verdict(score or 0.0, outcome)
         return bool(data)
 
     def _kill(self, worker: _Worker) -> int:

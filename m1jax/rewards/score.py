@@ -17,7 +17,7 @@ from m1jax.rewards.format import extract_answer, format_reward
 from m1jax.rewards.grader import Grader, Job
 from m1jax.types import Problem, Task
 
-UNSCORED = ("no_answer", "error", "timeout")
+COUNTED = ("no_answer", "error", "timeout", "unscored")
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Scores:
     """Rewards of B responses, in their order.
 
     Attributes:
-        rewards: float32 [B], what training maximises.
+        rewards: float32 [B], what training maximises; NaN where the verifier gave no score.
         correct: float32 [B], 1 where the verifier gave full credit.
         format: float32 [B], 1 where the form is exact.
         outcomes: how many responses had no answer ("no_answer"), and how the verifier fared with the others
-            ("scored", "error", "timeout"); sums to B.
+            ("scored", "error", "timeout", "unscored"); sums to B.
     """
 
     rewards: np.ndarray
@@ -39,7 +39,7 @@ class Scores:
 
     def metrics(self) -> dict[str, float]:
         """Return the share of responses in good form and, by outcome, that of those whose answer was not scored."""
-        shares = {f"reward/{name}": self.outcomes.get(name, 0) / max(1, len(self.format)) for name in UNSCORED}
+        shares = {f"reward/{name}": self.outcomes.get(name, 0) / max(1, len(self.format)) for name in COUNTED}
         return {"reward/format": float(self.format.mean()) if len(self.format) else 0.0, **shares}
 
 
@@ -59,8 +59,9 @@ def score_responses(
         texts: [B], responses as text, the end token left out.
         format_weight: what the exact form is worth beside a correct answer.
 
-    A response without an answer is wrong, and no verifier is asked. A verifier's partial credit is a reward, but only
-    full credit is correct. (Our own verifiers give 0 or 1.)
+    A response without an answer is wrong, and no verifier is asked. One that raises or takes too long has judged the
+    answer: it is wrong. One that returns None or NaN has not: the response has no reward. A verifier's partial credit
+    is a reward, but only full credit is correct. (Our own verifiers give 0 or 1.)
     """
     answers = [extract_answer(text) for text in texts]
     asked = {index: answer for index, answer in enumerate(answers) if answer is not None}

@@ -1,7 +1,8 @@
 """The process that runs verifiers: reads jobs, writes verdicts, and may be killed at any time.
 
 Started by grader.py as `python -m m1jax.rewards.worker CPU_SECONDS MEMORY_BYTES`. A line in is a JSON list of jobs
-`[id, "module:function", answer, row]`; a line out is `[id, score or null]`, one for each job as soon as it is done.
+`[id, "module:function", answer, row]`; a line out is `[id, score]`, one for each job as soon as it is done: null where
+the verifier raised or left [0, 1], NaN where it gave no score (None or NaN).
 A job of id -1 only imports its verifier and is not answered.
 
 Before each job the process arms a timer of CPU time whose signal it leaves at its default action, death: no verifier
@@ -43,8 +44,8 @@ def main() -> None:
                 signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
                 score = function(answer, row)
                 signal.setitimer(signal.ITIMER_PROF, 0)
-                score = float(score)
-                score = score if 0 <= score <= 1 else None  # NaN fails both comparisons
+                score = float("nan") if score is None else float(score)
+                score = None if score < 0 or score > 1 else score
             except BaseException:  # SystemExit and KeyboardInterrupt included: one verdict for each job
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 score = None

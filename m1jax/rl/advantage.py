@@ -10,7 +10,7 @@ with zero: equal float rewards need not give an exact zero."""
 
 
 def group_advantages(
-    rewards_PR: np.ndarray, scale: str = "group_std", std: str = "population"
+    rewards_PR: np.ndarray, scale: str = "group_std", std: str = "population", used_P: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(reward - group mean) / standard deviation.
 
@@ -18,6 +18,7 @@ def group_advantages(
         rewards_PR: R rewards for each of P prompts. NaN is a response without a reward: it leaves its group.
         scale: "group_std" divides by the group's standard deviation (GRPO, DAPO, CISPO); "batch_std" by that of all
             live responses around their groups' means (ScaleRL); "none" by nothing (Dr. GRPO).
+        used_P: bool, groups that the batch is made of; None is all of them.
         std: "population" divides the squares by their count, "sample" by count - 1: 6.9% more at R = 8.
 
     Returns:
@@ -38,6 +39,8 @@ def group_advantages(
     squares_P = (centred_PR**2).sum(axis=1)
     std_P = np.sqrt(squares_P / np.maximum(count_P - less, 1))
     live_P = np.sqrt(squares_P / np.maximum(count_P, 1)) > STD_FLOOR
+    if used_P is not None:
+        live_P &= used_P
     live_PR = given_PR & live_P[:, None]
     if scale == "batch_std":
         std_P = np.sqrt(squares_P[live_P].sum() / max(count_P[live_P].sum() - less, 1))

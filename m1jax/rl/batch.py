@@ -19,7 +19,7 @@ MiniMax-M1 keeps long negative responses from drowning the short ones; the paper
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,6 +92,7 @@ def make_batch(
     shape: BatchShape,
     aggregation: str,
     longest: int,
+    reference: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> Batch:
     """Deal out the live groups to updates and pack their live rollouts into rows.
 
@@ -103,6 +104,7 @@ def make_batch(
         shape: static shape of the result.
         aggregation: one of `AGGREGATIONS`, see above.
         longest: tokens that a response may have.
+        reference: log-probabilities of the frozen reference, one array for each response; None without one.
 
     Raises:
         ValueError: prompts and rollouts do not belong together.
@@ -110,29 +112,77 @@ def make_batch(
     lead = (shape.updates, shape.micro_batches * shape.rows, shape.tokens)
     tokens, segment_ids, group_ids = (np.zeros(lead, np.int32) for _ in range(3))
     weights, advantages, logprobs = (np.zeros(lead, np.float32) for _ in range(3))
+    reference_logprobs = None if reference is None else np.zeros(lead, np.float32)
 
+    for place in _places(prompts, rollouts, live_PR, shape, aggregation, longest):
+        p, i, row, response = place.prompt, place.response, place.row, place.where
+        prompt, rollout = prompts[p], rollouts[p][i]
+        whole = slice(response.start - len(prompt.token_ids), response.stop)
+        tokens[row][whole] = np.concatenate([prompt.token_ids, rollout.token_ids])
+        segment_ids[row][whole] = place.segment
+        group_ids[row][response] = p + 1
+        weights[row][response] = place.weight
+        advantages[row][response] = advantages_PR[p, i]
+        logprobs[row][response] = rollout.rollout_logprobs
+        if reference is not None and reference_logprobs is not None:
+            reference_logprobs[row][response] = reference[p][i]
+
+    cut = lambda x: x.reshape(shape.updates, shape.micro_batches, shape.rows, shape.tokens)  # noqa: E731
+    tokens, segment_ids, weights, advantages = map(cut, (tokens, segment_ids, weights, advantages))
+    reference_logprobs = None if reference_logprobs is None else cut(reference_logprobs)
+    return Batch(tokens, segment_ids, weights, advantages, cut(logprobs), cut(group_ids), reference_logprobs)
+
+
+def of_responses(
+    values_UMBT: np.ndarray, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]], shape: BatchShape
+) -> list[list[np.ndarray]]:
+    """Values of a batch in which every response is live, as one array [its tokens] for each response."""
+    live_PR = np.ones((len(prompts), len(rollouts[0])), bool)
+    values = values_UMBT.reshape(shape.updates, shape.micro_batches * shape.rows, shape.tokens)
+    result = [[np.zeros(0, np.float32)] * len(group) for group in rollouts]
+    for place in _places(prompts, rollouts, live_PR, shape, "constant", 1):
+        result[place.prompt][place.response] = values[place.row][place.where]
+    return result
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where response number `response` of prompt number `prompt` lies: [update, row], the slice of its tokens."""
+
+    prompt: int
+    response: int
+    row: tuple[int, int]
+    where: slice
+    segment: int
+    weight: float
+
+
+def _places(
+    prompts: Sequence[Prompt],
+    rollouts: Sequence[Sequence[Rollout]],
+    live_PR: np.ndarray,
+    shape: BatchShape,
+    aggregation: str,
+    longest: int,
+) -> Iterator[_Place]:
+    """Deal out the live groups to the updates and pack each update's responses; see the top of the file."""
     for update, groups in enumerate(np.array_split(np.flatnonzero(live_PR.any(axis=1)), shape.updates)):
         items = [(int(p), int(i)) for p in groups for i in np.flatnonzero(live_PR[p])]
         lengths = [len(rollouts[p][i].token_ids) for p, i in items]
         sizes = [len(prompts[p].token_ids) + n for (p, _), n in zip(items, lengths, strict=True)]
         token_weights = aggregate(np.array(lengths), np.array([p for p, _ in items]), aggregation, longest)
         for n, ((p, i), (row, start, segment)) in enumerate(zip(items, pack(sizes, shape.tokens), strict=True)):
-            prompt, rollout = prompts[p], rollouts[p][i]
-            if rollout.prompt_index != prompt.index:
-                raise ValueError(f"rollout of prompt {rollout.prompt_index} stands under prompt {prompt.index}")
-            if row >= lead[1]:
-                raise ValueError(f"update {update} needs more than its {lead[1]} rows of {shape.tokens} tokens")
-            middle, end = start + len(prompt.token_ids), start + sizes[n]
-            whole, response = slice(start, end), slice(middle, end)
-            tokens[update, row, whole] = np.concatenate([prompt.token_ids, rollout.token_ids])
-            segment_ids[update, row, whole] = segment
-            group_ids[update, row, response] = p + 1
-            weights[update, row, response] = token_weights[n]
-            advantages[update, row, response] = advantages_PR[p, i]
-            logprobs[update, row, response] = rollout.rollout_logprobs
-
-    split = lambda x: x.reshape(shape.updates, shape.micro_batches, shape.rows, shape.tokens)  # noqa: E731
-    return Batch(*map(split, (tokens, segment_ids, weights, advantages, logprobs, group_ids)))
+            if rollouts[p][i].prompt_index != prompts[p].index:
+                raise ValueError(
+                    f"rollout of prompt {rollouts[p][i].prompt_index} stands under prompt {prompts[p].index}"
+                )
+            if row >= shape.micro_batches * shape.rows:
+                raise ValueError(
+                    f"update {update} needs more than its {shape.micro_batches * shape.rows} rows of {shape.tokens} "
+                    f"tokens"
+                )
+            where = slice(start + len(prompts[p].token_ids), start + sizes[n])
+            yield _Place(p, i, (update, row), where, segment, token_weights[n])
 
 
 def aggregate(lengths_N: np.ndarray, group_N: np.ndarray, aggregation: str, longest: int) -> np.ndarray:

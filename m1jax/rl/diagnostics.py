@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from m1jax.rl.loss import LossConfig, LossInput, importance_ratio, kept
+from m1jax.rl.loss import LossConfig, LossInput, importance_ratio, kept, kl_terms
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.state import TrainState
 from m1jax.types import Batch, Params
@@ -50,7 +50,10 @@ def token_metrics(batch: Batch, x: LossInput, entropy: jax.Array, loss: LossConf
     p, q = jnp.where(live, p - mean(p), 0.0), jnp.where(live, q - mean(q), 0.0)
     covariance, deviation = jnp.sum(p * q), jnp.sqrt(jnp.sum(p * p) * jnp.sum(q * q))
     gap = jnp.where(live, jnp.abs(policy - batch.rollout_logprobs), 0.0)
-    return {
+    reference = {}
+    if x.reference_logprobs is not None:
+        reference["kl"] = mean(kl_terms(x.logprobs, jnp.where(live, x.reference_logprobs, 0.0), "k3"))
+    return reference | {
         "tokens": live.sum(),
         "entropy": mean(entropy),
         "abs_log_ratio": mean(jnp.abs(policy - anchors)),

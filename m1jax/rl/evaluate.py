@@ -33,6 +33,8 @@ def evaluate(
         engine, prompts, sampling, seed: what is asked of whom.
         score: the reward stage, rollouts to (texts, correctness) in order.
     """
+    if not prompts:
+        return []
     rollouts = engine.generate(prompts, 1, sampling, seed)
     texts, correct = score(prompts, rollouts)
     return [Answered(p, r, t, c >= 1.0) for p, (r,), t, c in zip(prompts, rollouts, texts, correct, strict=True)]

@@ -15,6 +15,7 @@ from m1jax.errors import require_finite
 from m1jax.rl import evaluate as evaluation
 from m1jax.rl.advantage import group_advantages
 from m1jax.rl.batch import make_batch
+from m1jax.rl.collect import collect
 from m1jax.rl.monitors import rollout_metrics, update_metrics
 from m1jax.rl.run import Run, open_run
 from m1jax.rl.settings import RLConfig
@@ -48,30 +49,27 @@ def train(
         if not run.outcome["heldout"]:
             evaluate(run)
         while run.step < config.steps and not stop.requested:
-            with run.clock.stage("prompts"):
-                prompts = run.source.take(run.cursor, config.rollout.prompts)
-            with run.clock.stage("rollout"):
-                rollouts = run.engine.generate(prompts, config.rollout.responses, config.sampling, run.noise_seed)
-            with run.clock.stage("reward"):
-                scores = run.score(prompts, rollouts)
+            generation = collect(run)  # prompts, rollouts, rewards; more prompts with dynamic sampling
             with run.clock.stage("batch"):
-                loss = config.loss
-                advantages_PR, live_PR = group_advantages(scores.rewards_PR, loss.advantage_scale, loss.std)
+                loss, used = config.loss, generation.used
+                advantages_PR, live_PR = group_advantages(generation.rewards_PR, loss.advantage_scale, loss.std, used)
                 batch = make_batch(
-                    prompts, rollouts, advantages_PR, live_PR, config.batch_shape, loss.aggregation,
-                    config.sampling.max_tokens,
+                    generation.prompts, generation.rollouts, advantages_PR, live_PR, config.batch_shape,
+                    loss.aggregation, config.sampling.max_tokens, generation.reference,
                 )  # fmt: skip
             with run.clock.stage("update"):
                 run.state, device_metrics = run.update(run.state, batch)
                 trained = update_metrics(jax.device_get(device_metrics))
-            run.step, run.cursor = run.step + 1, run.cursor + len(prompts)
+            run.step, run.cursor = run.step + 1, run.cursor + generation.consumed
             require_finite(run.step, "update", trained)
             with run.clock.stage("sync"):
                 run.engine.set_weights(run.state.params, run.step)
             if run.step % config.evaluation.every == 0 or run.step == config.steps:
                 evaluate(run)
-            run.record(rollout_metrics(prompts, rollouts, scores.rewards_PR, scores.correct_PR, live_PR)
-                       | scores.metrics | trained)  # fmt: skip
+            rollout = rollout_metrics(
+                generation.prompts, generation.rollouts, generation.rewards_PR, generation.correct_PR
+            )
+            run.record(rollout | generation.metrics | trained)
             if run.step % config.checkpoint.every == 0:
                 run.save()
         run.save()

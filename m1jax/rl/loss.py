@@ -41,6 +41,7 @@ class LossInput:
         advantages: per token.
         weights: per token, not negative; 0 leaves the token out, whatever stands in the other arrays.
         group_ids: int, tokens of one prompt's responses share one; 0 where `weights` is 0.
+        reference_logprobs: log pi_ref(token) of the frozen reference; None where nothing is held near one.
     """
 
     policy_logprobs: jax.Array
@@ -48,6 +49,7 @@ class LossInput:
     advantages: jax.Array
     weights: jax.Array
     group_ids: jax.Array
+    reference_logprobs: jax.Array | None = None
 
     @property
     def mask(self) -> jax.Array:
@@ -109,6 +111,26 @@ def ppo_clip(x: LossInput, clip_low: float, clip_high: float, dual_clip: float |
     return -jnp.sum(x.weights * surrogate)
 
 
+# -- divergence from the reference -------------------------------------------------------------------------------
+
+
+def kl_terms(policy_logprobs: jax.Array, reference_logprobs: jax.Array, estimator: str) -> jax.Array:
+    """Estimators of KL(pi || pi_ref), token by token, for tokens that were sampled from pi (Schulman, 2020).
+
+    With d = log pi_ref - log pi, clamped to MAX_LOG_RATIO: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d. k1 and k3 have the
+    KL as their mean; the gradient of k2 has the KL's gradient as its mean; the gradient of k1 has mean zero.
+    """
+    d = jnp.clip(reference_logprobs - policy_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return {"k1": -d, "k2": d * d / 2, "k3": jnp.expm1(d) - d}[estimator]
+
+
+def kl_loss(x: LossInput, estimator: str) -> jax.Array:
+    """sum_t w_t k_t, averaged like the loss: GRPO's KL term is this with k3."""
+    assert x.reference_logprobs is not None
+    reference = jnp.where(x.mask, x.reference_logprobs, 0.0)
+    return jnp.sum(x.weights * kl_terms(x.logprobs, reference, estimator))
+
+
 # -- masks of the unified form -----------------------------------------------------------------------------------
 
 Mask = Callable[[jax.Array, jax.Array, float, float], jax.Array]
@@ -146,6 +168,7 @@ KINDS = ("reinforce", "cispo", "unified", "ppo_clip")
 RATIO_ANCHORS = ("rollout", "trainer")
 ADVANTAGE_SCALES = ("group_std", "batch_std", "none")
 STANDARD_DEVIATIONS = ("population", "sample")
+KL_ESTIMATORS, KL_PLACES = ("k1", "k2", "k3"), ("loss", "reward")
 
 
 @dataclass(frozen=True)
@@ -169,6 +192,10 @@ class LossConfig:
             forward pass before the first update. Frozen once per generation batch either way.
         mismatch_cap: with the trainer as anchor, weigh each token by min(pi_trainer / mu_engine, mismatch_cap), for
             the gap between trainer and engine (truncated importance sampling); None for no such weight.
+        kl_coefficient: weight of the KL to the reference, the parameters that the run started from; 0 for none.
+        kl_in: where it goes: "loss", as one more term (GRPO), or "reward", summed over a response and taken from its
+            reward before the groups are compared (PPO of language models).
+        kl_estimator: "k1", "k2" or "k3", see `kl_terms`.
     """
 
     kind: str = "cispo"
@@ -183,6 +210,9 @@ class LossConfig:
     std: str = "population"
     ratio_anchor: str = "rollout"
     mismatch_cap: float | None = None
+    kl_coefficient: float = 0.0
+    kl_in: str | None = None
+    kl_estimator: str | None = None
 
     def __post_init__(self):
         for field, choices in (
@@ -216,6 +246,24 @@ class LossConfig:
                 "engine already, so the weight would count it twice; set ratio_anchor='trainer' or mismatch_cap=None"
             )
         find_mask(self.mask)
+        self._check_kl()
+
+    def _check_kl(self) -> None:
+        if self.kl_coefficient < 0:
+            raise ValueError(f"kl_coefficient: {self.kl_coefficient} must be at least 0 (0 is no KL term)")
+        for field, choices in (("kl_in", KL_PLACES), ("kl_estimator", KL_ESTIMATORS)):
+            value = getattr(self, field)
+            if self.kl_coefficient and value not in choices:
+                raise ValueError(f"{field}: {value!r} must be one of {choices} where kl_coefficient is above 0")
+            if not self.kl_coefficient and value is not None:
+                raise ValueError(
+                    f"{field}: {value!r} is not read while kl_coefficient is 0; leave it out or raise that"
+                )
+        if self.kl_in == "loss" and self.kl_estimator == "k1":
+            raise ValueError(
+                "kl_estimator: 'k1' in the loss holds nothing back, for its gradient has mean zero; use k2 or k3 "
+                "there, or kl_in='reward'"
+            )
 
     def _refuse_what_is_not_read(self) -> None:
         bounds = {"weight_cap": None, "weight_floor": 0.0}
@@ -257,6 +305,8 @@ class LossConfig:
         }[self.kind]
         mismatch = f", engine mismatch weight up to {self.mismatch_cap:g}" if self.mismatch_cap is not None else ""
         scale = {"none": "not scaled"}.get(self.advantage_scale, f"over the {self.std} {self.advantage_scale}")
+        kl = f", {self.kl_coefficient:g} * {self.kl_estimator} of the KL to the reference in the {self.kl_in}"
+        scale += kl * (self.kl_coefficient > 0)
         return (
             f"{acts}, ratio against the {self.ratio_anchor} log-probabilities{mismatch}, {self.aggregation} "
             f"aggregation, advantages {scale}"
@@ -265,6 +315,13 @@ class LossConfig:
 
 def policy_loss(x: LossInput, config: LossConfig) -> jax.Array:
     """The loss that a config asks for, a scalar."""
+    if config.kl_in == "loss":
+        assert config.kl_estimator is not None
+        return _surrogate(x, config) + config.kl_coefficient * kl_loss(x, config.kl_estimator)
+    return _surrogate(x, config)
+
+
+def _surrogate(x: LossInput, config: LossConfig) -> jax.Array:
     if config.kind == "reinforce":
         return reinforce(x)
     if config.kind == "cispo":

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from m1jax.rl.advantage import group_advantages
 from m1jax.rl.diagnostics import GRADIENT_DECADES, PROBABILITIES
 from m1jax.types import ENDINGS, Prompt, Rollout
 
@@ -15,12 +16,13 @@ def rollout_metrics(
     rollouts: Sequence[Sequence[Rollout]],
     rewards_PR: np.ndarray,
     correct_PR: np.ndarray,
-    live_PR: np.ndarray,
 ) -> dict[str, float]:
     """Reward, accuracy by task, entropy, lengths by ending and outcome, shares of endings and of dead groups.
 
-    A NaN among the rewards is a response without one; it counts in everything but the mean reward.
+    Over all prompts that were asked. A NaN among the rewards is a response without one; it counts in everything but
+    the mean reward.
     """
+    _, live_PR = group_advantages(rewards_PR)
     flat = [r for group in rollouts for r in group]
     lengths = np.array([len(r.token_ids) for r in flat])
     surprisals = -np.concatenate([r.rollout_logprobs for r in flat])
@@ -95,6 +97,8 @@ def update_metrics(device: Mapping[str, np.ndarray]) -> dict[str, float]:
             metrics["rare/gradient_share_later_updates"] = 1 - values["dropped_by_probability"][1:, 0].sum() / rare
         if np.isfinite(cosines := values["gradient_cosine"][1:]).any():
             metrics["gradient/cosine_consecutive"] = np.nanmean(cosines)
+    if "kl" in values:
+        metrics["train/kl"] = values["kl"][-1]
     if "eps_dominated_share" in values:
         metrics["optimizer/eps_dominated_share"] = values["eps_dominated_share"][-1]
     counts = values["gradient_histogram"].mean(axis=0)

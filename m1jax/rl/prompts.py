@@ -24,14 +24,19 @@ class PromptSource:
         tokenize: question to prompt ids.
         window: longest prompt allowed, in tokens.
         seed: of the order; every pass over the problems is shuffled anew.
+        distinct: ask the first so many problems only, again and again; 0 asks all. The index goes on, so that the
+            sampling noise is another one every time.
     """
 
-    def __init__(self, problems: RandomAccessDataSource[Problem], tokenize: Tokenize, window: int, seed: int):
+    def __init__(
+        self, problems: RandomAccessDataSource[Problem], tokenize: Tokenize, window: int, seed: int, distinct: int = 0
+    ):
+        self._distinct = distinct
         self._order = grain.MapDataset.source(problems).seed(seed).shuffle().repeat()
         self._tokenize, self._window = tokenize, window
 
     def __getitem__(self, index: int) -> Prompt:
-        problem = self._order[index]
+        problem = self._order[index % self._distinct if self._distinct else index]
         assert problem is not None  # a filter could leave gaps; there is none
         return make_prompt(index, problem, self._tokenize, self._window)
 

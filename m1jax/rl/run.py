@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,11 +27,14 @@ from m1jax.data.tokenizer_files import save_tokenizer
 from m1jax.errors import NonFinite, UserError
 from m1jax.rewards.grader import Grader
 from m1jax.rewards.score import score_responses
+from m1jax.rl.batch import make_batch, of_responses
 from m1jax.rl.engine_local import LocalEngine
 from m1jax.rl.evaluate import Answered
 from m1jax.rl.prompts import PromptSource, Tokenize, heldout_prompts
-from m1jax.rl.settings import RLConfig
-from m1jax.rl.update import make_update
+from m1jax.rl.recorded import ROLLOUTS, RecordingEngine, ReplayEngine
+from m1jax.rl.settings import RewardConfig, RLConfig
+from m1jax.rl.shaping import by_ending, kl_sums, overlong
+from m1jax.rl.update import make_frozen_logprobs, make_update
 from m1jax.sharding import check_rows, data_mesh, replicated
 from m1jax.train import report
 from m1jax.train.checkpoint import Checkpoints, steps
@@ -41,6 +45,7 @@ from m1jax.train.pretrained import HUGGINGFACE, init_params
 from m1jax.train.state import TrainState, init_state
 from m1jax.types import Engine, Params, Prompt, Rollout, Task
 
+REFERENCE = "reference"
 SAMPLES = 10
 """Held-out answers that samples.md shows before and after."""
 
@@ -64,11 +69,21 @@ class Questions:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the reward stage says of P prompts with R responses each."""
+    """What the reward stage says of P prompts with R responses each; a NaN is a response without a reward."""
 
     rewards_PR: np.ndarray
     correct_PR: np.ndarray
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One round of prompts with their responses; `reference` holds log-probabilities where there is a reference."""
+
+    prompts: list[Prompt]
+    rollouts: list[list[Rollout]]
+    scores: Scores
+    reference: list[list[np.ndarray]] | None
 
 
 @dataclass(frozen=True)
@@ -78,21 +93,39 @@ class Scorer:
     tokenizer: Any
     tasks: Mapping[str, Task]
     grader: Grader
-    format_weight: float
+    reward: RewardConfig
+    window: int
 
     def score(self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> Scores:
-        """Rewards of all responses of a step.
+        """Rewards of all responses of a step, shaped by ending and length.
 
         Raises:
+            UserError: the verifiers gave too many responses no score.
             NonFinite: a response has a log-probability that is none; with such weights no group need have variance,
                 so that no update would show it.
         """
         if not all(np.isfinite(r.rollout_logprobs).all() for group in rollouts for r in group):
             raise NonFinite(step, "rollout", "a log-probability")
         problems = [p.problem for p, group in zip(prompts, rollouts, strict=True) for _ in group]
-        scored = score_responses(self.grader, self.tasks, problems, self._texts(rollouts), self.format_weight)
+        reward = self.reward
+        scored = score_responses(self.grader, self.tasks, problems, self._texts(rollouts), reward.format_weight)
+        metrics = scored.metrics()
+        if metrics["reward/unscored"] > reward.max_unscored_share:
+            raise UserError(
+                f"step {step}: the verifiers gave {metrics['reward/unscored']:.0%} of the responses no score (None or "
+                f"NaN), config.reward.max_unscored_share allows {reward.max_unscored_share:.0%}; mend the verifier"
+            )
+        flat = [r for group in rollouts for r in group]
+        policies = {"length": reward.on_length, "repetition": reward.on_repetition}
+        rewards = by_ending(scored.rewards, [r.ending for r in flat], policies)
+        if reward.overlong_buffer:
+            lengths = np.array([len(r.token_ids) for r in flat])
+            penalties = reward.overlong_penalty * overlong(lengths, self.window, reward.overlong_buffer)
+            rewards, metrics["reward/overlong_penalty"] = rewards - penalties, float(penalties.mean())
+        if "filter" in policies.values():
+            metrics["reward/filtered"] = float(np.isnan(rewards).mean()) - metrics["reward/unscored"]
         shape = (len(prompts), -1)
-        return Scores(scored.rewards.reshape(shape), scored.correct.reshape(shape), scored.metrics())
+        return Scores(rewards.reshape(shape), scored.correct.reshape(shape), metrics)
 
     def score_heldout(
         self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]
@@ -117,6 +150,7 @@ class Run:
         step: generation batches done.
         cursor: global prompt index of the next prompt.
         state: parameters, optimizer, PRNG key.
+        reference: the frozen reference, rollouts to log-probabilities; None without one.
         saved: step of the newest checkpoint, -1 before the first.
         cpu: CPU seconds of this process when the last step was recorded.
         outcome: held-out tables and answers of the first and of the last evaluation, and seconds by stage so far.
@@ -134,6 +168,7 @@ class Run:
     clock: Clock
     log: Callable[[str], None]
     state: TrainState
+    reference: Callable[[list[Prompt], list[list[Rollout]]], list[list[np.ndarray]]] | None = None
     step: int = 0
     cursor: int = 0
     saved: int = -1
@@ -146,9 +181,24 @@ class Run:
         """Seed of the sampling noise, drawn from the run's own key (which is saved) and the same in every step."""
         return noise_seed(self.state.key)
 
-    def score(self, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> Scores:
-        """Rewards of all responses of this step."""
-        return self.scorer.score(self.step + 1, prompts, rollouts)
+    def sample(self, first: int, count: int) -> Sampled:
+        """Ask `count` prompts from number `first` on, and judge their responses."""
+        config = self.config
+        with self.clock.stage("prompts"):
+            prompts = self.source.take(first, count)
+        with self.clock.stage("rollout"):
+            rollouts = self.engine.generate(prompts, config.rollout.responses, config.sampling, self.noise_seed)
+        reference = None
+        if self.reference is not None:
+            with self.clock.stage("reference"):
+                reference = self.reference(prompts, rollouts)
+        with self.clock.stage("reward"):
+            scores = self.scorer.score(self.step + 1, prompts, rollouts)
+            if reference is not None and config.loss.kl_in == "reward":
+                penalties = config.loss.kl_coefficient * kl_sums(rollouts, reference, config.loss.kl_estimator or "")
+                metrics = scores.metrics | {"reward/kl_penalty": float(penalties.mean())}
+                scores = Scores(scores.rewards_PR - penalties, scores.correct_PR, metrics)
+        return Sampled(prompts, rollouts, scores, reference)
 
     def score_heldout(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]
@@ -269,7 +319,7 @@ def open_scorer(config: RLConfig, questions: Questions) -> Iterator[Scorer]:
     with Grader(config.reward.workers, config.reward.cpu_seconds) as grader:
         grader.warm_up([task.verifier for task in questions.tasks])
         tasks = {task.name: task for task in questions.tasks}
-        yield Scorer(questions.tokenizer, tasks, grader, config.reward.format_weight)
+        yield Scorer(questions.tokenizer, tasks, grader, config.reward, config.sampling.max_tokens)
 
 
 def local_engine(config: RLConfig, questions: Questions, mesh: Mesh) -> LocalEngine:
@@ -281,6 +331,28 @@ def local_engine(config: RLConfig, questions: Questions, mesh: Mesh) -> LocalEng
         stop_ids=questions.tokenizer.stop_ids,
         mesh=mesh,
     )
+
+
+def open_reference(
+    config: RLConfig, folder: Path, params: Params, mesh: Mesh, log: Callable[[str], None]
+) -> Callable[[list[Prompt], list[list[Rollout]]], list[list[np.ndarray]]]:
+    """The parameters that a run starts from, as a function of rollouts; kept in `reference/` for when it is resumed."""
+    with Checkpoints(folder / REFERENCE, 1, log) as store:
+        restored = store.restore_latest({"params": params})
+        if restored is None and steps(folder / "checkpoints"):
+            raise UserError(f"{folder / REFERENCE}: gone, and the run cannot be held near what it no longer has")
+        if restored is None:
+            store.save(0, {"params": params}, {})
+    frozen = jax.tree.map(jnp.copy, params) if restored is None else restored[1]["params"]
+    logprobs = make_frozen_logprobs(config.model, mesh, temperature=config.sampling.temperature)
+    shape, longest = config.batch_shape, config.sampling.max_tokens
+
+    def reference(prompts: list[Prompt], rollouts: list[list[Rollout]]) -> list[list[np.ndarray]]:
+        everything = np.ones((len(prompts), len(rollouts[0])), bool)
+        batch = make_batch(prompts, rollouts, everything, everything, shape, "constant", longest)
+        return of_responses(np.asarray(logprobs(frozen, batch)), prompts, rollouts, shape)
+
+    return reference
 
 
 def noise_seed(key: jax.Array) -> int:
@@ -304,7 +376,8 @@ def open_run(
     problems = TrainProblems(
         questions.tasks, config.problems.heldout_share, config.problems.per_task, config.seed, parse_mix(config.tasks)
     )
-    source = PromptSource(problems, questions.tokenize, config.problems.max_prompt_tokens, config.seed)
+    distinct = config.rollout.prompts if config.rollout.overfit_one_batch else 0
+    source = PromptSource(problems, questions.tokenize, config.problems.max_prompt_tokens, config.seed, distinct)
 
     if params is None and config.init_from and not steps(folder / "checkpoints"):
         params, meta = init_params(config.init_from, config.model, replicated(mesh), log)
@@ -313,10 +386,13 @@ def open_run(
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
     save_tokenizer(config.tokenizer, folder / HUGGINGFACE)
+    reference = None
     with ExitStack() as stack:
         clock = Clock()
         stack.callback(clock.close)
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint.keep, log))
+        if config.loss.kl_coefficient:
+            reference = open_reference(config, folder, state.params, mesh, log)
         restored = checkpoints.restore_latest(state)
         step, cursor, outcome = 0, 0, None
         if restored is not None:
@@ -333,7 +409,12 @@ def open_run(
         )
         stack.callback(sinks.close)
         scorer = stack.enter_context(open_scorer(config, questions))
-        engine = engine or local_engine(config, questions, mesh)
+        if config.rollout.replay:
+            engine, heldout = ReplayEngine(config.rollout.replay), []  # what was sampled by other weights tests nothing
+        else:
+            engine, heldout = engine or local_engine(config, questions, mesh), questions.heldout
+        if config.rollout.save:
+            engine = RecordingEngine(engine, folder / ROLLOUTS)
         engine.set_weights(state.params, step)
         update = make_update(
             config.model, config.loss, optimizer, mesh,
@@ -343,9 +424,9 @@ def open_run(
         for line in config.warnings():
             log(f"warning: {line}")
         run = Run(
-            config=config, folder=folder, source=source, heldout=questions.heldout, scorer=scorer, engine=engine,
+            config=config, folder=folder, source=source, heldout=heldout, scorer=scorer, engine=engine,
             update=update, checkpoints=checkpoints, sinks=sinks, clock=clock, log=log, state=state, step=step,
-            cursor=cursor, saved=first,
+            cursor=cursor, saved=first, reference=reference,
         )  # fmt: skip
         if outcome is not None:
             run.outcome = outcome

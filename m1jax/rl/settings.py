@@ -8,6 +8,7 @@ from m1jax.data.settings import ProblemsConfig, TokenizerConfig
 from m1jax.model.config import ModelConfig
 from m1jax.rl.batch import BatchShape, UpdateConfig
 from m1jax.rl.loss import LossConfig
+from m1jax.rl.shaping import ENDING_POLICIES
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.settings import CheckpointConfig
 from m1jax.types import Sampling
@@ -21,11 +22,23 @@ class RolloutConfig:
         prompts: prompts of a generation batch, P.
         responses: responses to each prompt, R (the group).
         engine_rows: responses that the local engine samples at the same time; a multiple of `responses`.
+        dynamic_sampling: ask further prompts in place of groups without variance, until `prompts` groups have some
+            (DAPO, arXiv 2503.14476). Without it such groups leave the batch, which shrinks (ScaleRL).
+        max_prompts: with dynamic sampling, prompts asked for a generation batch at most. Reached, the updates are made
+            of the groups that there are, and the run says so.
+        overfit_one_batch: ask the first `prompts` prompts in every step: the reward has to go to its maximum.
+        save: keep all training rollouts in the run folder, `rollouts/`.
+        replay: run folder whose saved rollouts stand in for an engine; "" for none. Nothing is evaluated then.
     """
 
     prompts: int
     responses: int
     engine_rows: int
+    dynamic_sampling: bool = False
+    max_prompts: int = 0
+    overfit_one_batch: bool = False
+    save: bool = False
+    replay: str = ""
 
     def __post_init__(self):
         if self.prompts < 1:
@@ -34,23 +47,57 @@ class RolloutConfig:
             raise ValueError(f"responses: {self.responses} leaves no group to compare with; choose at least 2")
         if self.engine_rows % self.responses or self.engine_rows < 1:
             raise ValueError(f"engine_rows: {self.engine_rows} is not a multiple of the {self.responses} responses")
+        if self.dynamic_sampling and self.max_prompts <= self.prompts:
+            raise ValueError(
+                f"max_prompts: {self.max_prompts} leaves dynamic sampling no prompt beyond the first {self.prompts}; "
+                f"choose a multiple of them, {3 * self.prompts} for example"
+            )
+        if self.max_prompts and not self.dynamic_sampling:
+            raise ValueError(f"max_prompts: {self.max_prompts} is read by dynamic sampling only; leave it out")
+        if self.overfit_one_batch and self.dynamic_sampling:
+            raise ValueError("overfit_one_batch: dynamic sampling would ask other prompts; choose one of the two")
+        if self.save and self.replay:
+            raise ValueError("save: these rollouts are saved already, in the run that replay names")
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """reward = correctness + format_weight * format, both 0 or 1.
+    """reward = correctness + format_weight * format, both 0 or 1; `m1jax.rl.shaping` says what comes after.
 
     Attributes:
         format_weight: what keeping to `<think>..</think><answer>..</answer>` is worth.
+        on_length, on_repetition: what becomes of a response that filled the window, or was cut for repeating itself:
+            "keep" (the verifier's reward), "wrong" (0) or "filter" (it leaves the batch; DAPO's overlong filtering).
+            One that stopped by itself is always kept.
+        overlong_buffer: tokens before the end of the window over which a penalty grows; 0 for none.
+        overlong_penalty: what a response that fills the window loses.
+        max_unscored_share: more responses than this share that the verifier gives no score (None or NaN) stop the run.
         workers: processes that run verifiers.
         cpu_seconds: CPU time after which one verdict is given up (the response scores 0 and is counted).
     """
 
     format_weight: float = 0.1
+    on_length: str = "keep"
+    on_repetition: str = "keep"
+    overlong_buffer: int = 0
+    overlong_penalty: float = 0.0
+    max_unscored_share: float = 0.1
     workers: int = 2
     cpu_seconds: float = 5.0
 
     def __post_init__(self):
+        for name in ("on_length", "on_repetition"):
+            if getattr(self, name) not in ENDING_POLICIES:
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be one of {ENDING_POLICIES}")
+        if self.overlong_buffer < 0 or self.overlong_penalty < 0:
+            raise ValueError("overlong_buffer: neither it nor overlong_penalty may be negative")
+        if bool(self.overlong_buffer) != bool(self.overlong_penalty):
+            raise ValueError(
+                f"overlong_buffer: {self.overlong_buffer} tokens and overlong_penalty {self.overlong_penalty:g} act "
+                f"together; set both (DAPO: a fifth of the window, and 1) or neither"
+            )
+        if not 0 <= self.max_unscored_share <= 1:
+            raise ValueError(f"max_unscored_share: {self.max_unscored_share} must be from 0 to 1")
         if self.workers < 1:
             raise ValueError(f"workers: {self.workers} must be at least 1")
         if self.cpu_seconds <= 0:
@@ -115,6 +162,16 @@ class RLConfig:
             )
         if self.sampling.temperature <= 0:
             raise ValueError(f"sampling.temperature: {self.sampling.temperature} explores nothing; choose above 0")
+        if self.reward.overlong_buffer > self.sampling.max_tokens:
+            raise ValueError(
+                f"reward.overlong_buffer: {self.reward.overlong_buffer} is longer than the window, sampling.max_tokens "
+                f"{self.sampling.max_tokens}"
+            )
+        if self.reward.on_repetition != "keep" and not self.sampling.repetition_run:
+            raise ValueError(
+                f"reward.on_repetition: {self.reward.on_repetition!r}, and no response is ever cut for repeating "
+                f"itself; set sampling.repetition_run"
+            )
         _ = self.batch_shape
         for name, sampling in (("sampling", self.sampling), ("evaluation.sampling", self.evaluation.sampling)):
             window, bound = self.problems.max_prompt_tokens + sampling.max_tokens, self.model.max_positions

@@ -48,6 +48,7 @@ def make_update(
     axis. `adam` says what `optimizer` is, for the share of its denominators under eps.
     """
     logprobs = partial(_batch_logprobs, model=model, temperature=temperature)
+    frozen_logprobs = make_frozen_logprobs(model, mesh, temperature=temperature)
 
     @partial(
         jax.shard_map, mesh=mesh, check_vma=False,
@@ -78,7 +79,7 @@ def make_update(
         if loss.mismatch_cap is not None:  # the anchor is the trainer's
             live_BT = weights_BT > 0
             weights_BT = weights_BT * mismatch_weight(anchor_BT, batch.rollout_logprobs, live_BT, loss.mismatch_cap)
-        return LossInput(policy_BT, anchor_BT, batch.advantages, weights_BT, batch.group_ids)
+        return LossInput(policy_BT, anchor_BT, batch.advantages, weights_BT, batch.group_ids, batch.reference_logprobs)
 
     def one_update(carry, mini: tuple[Batch, jax.Array]):
         (state, previous), (micro_batches, anchors) = carry, mini
@@ -92,22 +93,28 @@ def make_update(
             metrics["eps_dominated_share"] = eps_dominated_share(state, adam)
         return (state, jax.tree.map(partial(jnp.where, live), sample, previous)), metrics | {"loss": value}
 
-    @partial(jax.shard_map, mesh=mesh, check_vma=False, in_specs=(REPLICATED, ROWS), out_specs=ROWS)
-    def trainer_anchors(params: Params, micro_batches: Batch) -> jax.Array:
-        compute = lambda batch: (None, logprobs(params, batch)[0])  # noqa: E731
-        return jax.lax.map(lambda batch: skip_if_empty(batch, compute, None)[1], micro_batches)
-
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         anchors = batch.rollout_logprobs
         if loss.ratio_anchor == "trainer":
-            anchors = jax.lax.map(partial(trainer_anchors, state.params), batch)
+            anchors = frozen_logprobs(state.params, batch)
         one_pass = lambda carry, _: jax.lax.scan(one_update, carry, (batch, anchors))  # noqa: E731
         nothing = jax.tree.map(jnp.zeros_like, sample_entries(state.params))  # before the first update
         (state, _), metrics = jax.lax.scan(one_pass, (state, nothing), length=passes)
         return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
 
     return update
+
+
+def make_frozen_logprobs(model: ModelConfig, mesh: Mesh, *, temperature: float) -> Callable[[Params, Batch], jax.Array]:
+    """`params, batch -> log-probabilities [U, M, B, T]` of its tokens without a gradient: trainer anchor, reference."""
+
+    @partial(jax.shard_map, mesh=mesh, check_vma=False, in_specs=(REPLICATED, ROWS), out_specs=ROWS)
+    def of_update(params: Params, micro_batches: Batch) -> jax.Array:
+        compute = lambda batch: (None, _batch_logprobs(params, batch, model=model, temperature=temperature)[0])  # noqa: E731
+        return jax.lax.map(lambda batch: skip_if_empty(batch, compute, None)[1], micro_batches)
+
+    return jax.jit(lambda params, batch: jax.lax.map(partial(of_update, params), batch))
 
 
 def skip_if_empty(batch: Batch, compute: Callable[[Batch], Any], otherwise: Any) -> Any:

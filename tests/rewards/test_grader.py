@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from m1jax.data.problems import heldout, parse_tasks
@@ -57,7 +58,6 @@ def job(name, answer="x", **row):
         ("hang", Verdict(0.0, "timeout")),
         ("sleep", Verdict(0.0, "timeout")),
         ("raises", Verdict(0.0, "error")),
-        ("none", Verdict(0.0, "error")),
         ("leaves", Verdict(0.0, "error")),
         ("exits", Verdict(0.0, "error")),
         ("crashes", Verdict(0.0, "error")),
@@ -79,9 +79,18 @@ def test_a_bad_job_costs_itself_only(grader, name, verdict):
     assert counted[verdict.outcome] == (17 if verdict.outcome == "scored" else 1)
 
 
-@pytest.mark.parametrize("value", [float("nan"), -0.1, 1.5, "high", None])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("inf"), "high"])
 def test_values_that_are_no_score(grader, value):
     assert grader.score([job("value", value=value)]) == [Verdict(0.0, "error")]
+
+
+@pytest.mark.parametrize("value", [float("nan"), None])
+def test_a_verifier_that_does_not_know_gives_no_score(grader, value):
+    """And no zero: the response then has no reward, which is not the same as a bad one."""
+    before, unknown = dict(grader.counts), job("value", value=value)
+    first, second, third = grader.score([unknown, job("echo", "1"), unknown])
+    assert np.isnan([first.score, third.score]).all() and {first.outcome, third.outcome} == {"unscored"}
+    assert second == Verdict(1.0) and grader.counts["unscored"] - before.get("unscored", 0) == 2
 
 
 def test_two_hangs_in_one_chunk(grader):
@@ -179,5 +188,5 @@ def test_rewards_by_hand(grader, tmp_path):
     )
     assert list(zip(scores.rewards, scores.correct, scores.format, strict=True)) == [case[2:] for case in cases]
     assert scores.outcomes == {"scored": 3, "error": 1, "no_answer": 1}
-    expected = {"format": 0.6, "no_answer": 0.2, "error": 0.2, "timeout": 0.0}
+    expected = {"format": 0.6, "no_answer": 0.2, "error": 0.2, "timeout": 0.0, "unscored": 0.0}
     assert scores.metrics() == pytest.approx({f"reward/{name}": share for name, share in expected.items()})

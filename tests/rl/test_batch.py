@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from m1jax.data.packing import pack
-from m1jax.rl.batch import BatchShape, UpdateConfig, make_batch
+from m1jax.rl.batch import BatchShape, UpdateConfig, make_batch, of_responses
 from m1jax.types import Problem, Prompt, Rollout
 
 
@@ -137,6 +137,26 @@ def test_batch_refuses_what_does_not_belong_together():
         BatchShape.of(UpdateConfig(updates_per_batch=3), 4, 2, 10)
     with pytest.raises(ValueError, match="row_tokens: 9 is shorter than the longest prompt and response, 10"):
         BatchShape.of(UpdateConfig(updates_per_batch=1, row_tokens=9), 4, 2, 10)
+
+
+@pytest.mark.parametrize("row_tokens", [0, 25])
+def test_values_of_a_batch_come_back_by_response(row_tokens):
+    """The way to the device and back: what was put in as reference log-probabilities is found at its response."""
+    lengths = [[1, 3, 8], [2, 4, 1], [5, 5, 5], [7, 1, 2]]
+    prompts = [prompt(i) for i in range(4)]
+    rollouts = [[rollout(i, s, n) for s, n in enumerate(group)] for i, group in enumerate(lengths)]
+    reference = [
+        [np.random.default_rng(9 * i + s).normal(size=n) for s, n in enumerate(g)] for i, g in enumerate(lengths)
+    ]
+    shape = BatchShape.of(UpdateConfig(updates_per_batch=2, micro_batch_rows=2, row_tokens=row_tokens), 4, 3, 10)
+    live = np.ones((4, 3), bool)
+    batch = make_batch(prompts, rollouts, live, live, shape, "constant", 20, reference)
+    found = of_responses(batch.reference_logprobs, prompts, rollouts, shape)
+    for group, wanted in zip(found, reference, strict=True):
+        for x, y in zip(group, wanted, strict=True):
+            np.testing.assert_array_equal(x, y.astype(np.float32))
+    assert (batch.reference_logprobs[batch.weights == 0] == 0).all()
+    assert make_batch(prompts, rollouts, live, live, shape, "constant", 20).reference_logprobs is None
 
 
 def test_packing_is_tight_and_never_overlaps():

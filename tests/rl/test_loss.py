@@ -18,6 +18,8 @@ from m1jax.rl.loss import (
     find_mask,
     importance_ratio,
     kept,
+    kl_loss,
+    kl_terms,
     mismatch_weight,
     policy_loss,
     ppo_clip,
@@ -257,9 +259,68 @@ def test_a_mask_of_ones_own_is_named_as_module_and_function():
             find_mask(wrong)
 
 
+# -- the reference -----------------------------------------------------------------------------------------------
+
+
+def held(policy, reference, weights) -> LossInput:
+    """Tokens without a policy loss (A = 0), so that what is left is the KL term."""
+    x = tokens(policy, policy, np.zeros(len(policy)), weights)
+    return dataclasses.replace(x, reference_logprobs=jnp.asarray(reference))
+
+
+def kl_config(estimator, **values) -> LossConfig:
+    return LossConfig(weight_cap=5.0, kl_coefficient=0.5, kl_in="loss", kl_estimator=estimator, **values)
+
+
+def test_kl_terms_by_hand():
+    """pi = 0.5 and 0.1 against pi_ref = 0.25 and 0.2: d = -log 2, log 2; weights 0.5 and 0.25, coefficient 0.5."""
+    x = held(np.log([0.5, 0.1]), np.log([0.25, 0.2]), [0.5, 0.25])
+    ln2 = np.log(2)
+    for estimator, terms in (("k1", [ln2, -ln2]), ("k2", [ln2**2 / 2] * 2), ("k3", [ln2 - 0.5, 1 - ln2])):
+        np.testing.assert_allclose(kl_terms(x.policy_logprobs, x.reference_logprobs, estimator), terms, rtol=1e-6)
+        if estimator != "k1":
+            np.testing.assert_allclose(
+                policy_loss(x, kl_config(estimator)), 0.5 * np.dot([0.5, 0.25], terms), rtol=1e-6
+            )
+
+
+def test_gradients_of_the_kl_agree_with_finite_differences_and_with_the_kl():
+    """k2's gradient, averaged over the policy's own tokens, is that of the KL; that of k1 is zero; k3's is neither."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        logits_V, reference_V = rng.normal(size=7), np.log(rng.dirichlet(np.ones(7)))
+        policy = lambda logits: jax.nn.log_softmax(logits)  # noqa: E731
+        kl = lambda logits: jnp.sum(jnp.exp(policy(logits)) * (policy(logits) - reference_V))  # noqa: E731
+        # Token v comes with probability pi(v): the mean over tokens is a sum with these (constant) weights.
+        weights = np.exp(policy(logits_V))
+        mean = lambda estimator: lambda logits: kl_loss(held(policy(logits), reference_V, weights), estimator)  # noqa: E731
+        np.testing.assert_allclose(jax.grad(mean("k2"))(logits_V), jax.grad(kl)(logits_V), atol=1e-12)
+        np.testing.assert_allclose(jax.grad(mean("k1"))(logits_V), np.zeros(7), atol=1e-12)
+        for estimator in ("k1", "k3"):
+            np.testing.assert_allclose(mean(estimator)(logits_V), kl(logits_V), rtol=1e-12)
+        for estimator in ("k2", "k3"):
+            loss, step = lambda p: float(policy_loss(held(p, reference_V, weights), kl_config(estimator))), 1e-6  # noqa: B023
+            p = np.asarray(policy(logits_V))
+            numeric = [(loss(p + e) - loss(p - e)) / (2 * step) for e in step * np.eye(7)]
+            found = gradient(lambda x: policy_loss(x, kl_config(estimator)), held(p, reference_V, weights))  # noqa: B023
+            np.testing.assert_allclose(found, numeric, rtol=1e-7, atol=1e-9)
+
+
+def test_junk_in_the_reference_counts_for_nothing_where_the_weight_is_zero():
+    x = held([-1.0, -2.0, -1e4], [-1.5, np.nan, 0.0], [1.0, 0.0, 1.0])
+    for estimator in ("k2", "k3"):
+        assert np.isfinite(policy_loss(x, kl_config(estimator)))
+        assert np.isfinite(gradient(lambda x: policy_loss(x, kl_config(estimator)), x)).all()  # noqa: B023
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        (dict(weight_cap=5.0, kl_coefficient=-1.0), "kl_coefficient: -1.0 must be at least 0"),
+        (dict(weight_cap=5.0, kl_coefficient=0.1, kl_in="loss"), "kl_estimator: None must be one of"),
+        (dict(weight_cap=5.0, kl_coefficient=0.1, kl_in="los", kl_estimator="k3"), "kl_in: 'los' must be one of"),
+        (dict(weight_cap=5.0, kl_estimator="k3"), "kl_estimator: 'k3' is not read while kl_coefficient is 0"),
+        (dict(weight_cap=5.0, kl_coefficient=0.1, kl_in="loss", kl_estimator="k1"), "'k1' in the loss holds nothing"),
         (dict(weight_cap=0.2), "weight_cap: 0.2 would scale down even on-policy tokens"),
         (dict(), "weight_cap: missing; kind='cispo' needs it"),
         (dict(weight_cap=5.0, weight_floor=1.5), "weight_floor: 1.5 would scale up even on-policy tokens"),

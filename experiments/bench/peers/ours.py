@@ -156,7 +156,7 @@ def learn(work: RL, folder: Path) -> Prepared:
             state, device_metrics = update(state, batch)
             trained = update_metrics(jax.device_get(device_metrics))
             engine.set_weights(state.params, step + 1)
-            metrics = rollout_metrics(asked, rollouts, rewards_PR, rewards_PR, live_PR) | trained
+            metrics = rollout_metrics(asked, rollouts, rewards_PR, rewards_PR) | trained
             cursor += per_batch
             tokens, live = tokens + metrics["rollout/tokens"], live + int(live_PR.any(axis=1).sum())
             applied += metrics["train/updates_applied"]

@@ -1,0 +1,131 @@
+"""Rollouts on disk: an engine that keeps what another one samples, and one that gives it back.
+
+    rollouts/00000003-0000000192.npz     sampled with the weights after step 3, from prompt 192 on
+
+One file holds one call: for each of N rollouts its prompt's index and ids, sample number, ids, log-probabilities and
+ending. A replay needs no sampler: it repeats the updates of a run exactly, or tries another loss on the same rollouts
+(whose ratios stay right, for they are taken against the log-probabilities on file).
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from m1jax.errors import UserError
+from m1jax.rl.prompts import HELDOUT_INDEX
+from m1jax.types import ENDINGS, Engine, Params, Problem, Prompt, Rollout, Sampling
+
+ROLLOUTS = "rollouts"
+
+
+class RecordingEngine:
+    """`engine`, whose training rollouts are kept in `folder`; those of held-out prompts are not."""
+
+    def __init__(self, engine: Engine, folder: Path):
+        self.engine, self.folder, self.version = engine, folder, -1
+
+    def set_weights(self, params: Params, version: int) -> None:
+        self.version = version
+        self.engine.set_weights(params, version)
+
+    def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
+        rollouts = self.engine.generate(prompts, responses, sampling, seed)
+        if prompts[0].index < HELDOUT_INDEX:
+            save_rollouts(file_name(self.folder, self.version, prompts[0].index), prompts, rollouts)
+        return rollouts
+
+
+class ReplayEngine:
+    """The rollouts of a run folder in place of an engine.
+
+    Args:
+        run: a run folder that was trained with `rollout.save`.
+
+    Raises:
+        UserError: it has no rollouts; later, that a prompt is another one than was answered there.
+    """
+
+    def __init__(self, run: str | Path):
+        self.folder, self.version = Path(run) / ROLLOUTS, -1
+        if not self.folder.is_dir():
+            raise UserError(
+                f"config.rollout.replay: {run} holds no saved rollouts; train it with --config.rollout.save=true"
+            )
+
+    def set_weights(self, params: Params, version: int) -> None:
+        self.version = version
+
+    def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
+        path = file_name(self.folder, self.version, prompts[0].index)
+        if not path.is_file():
+            raise UserError(f"{path}: no such rollouts; the run that was saved asked other prompts, or stopped before")
+        kept, rollouts = load_rollouts(path)
+        if [p.token_ids for p in kept] != [p.token_ids for p in prompts]:
+            raise UserError(
+                f"{path}: answers to other prompts; config.tasks, config.problems, config.tokenizer, config.seed and "
+                f"config.rollout.prompts have to be those of the run that was saved"
+            )
+        longest = max(len(r.token_ids) for group in rollouts for r in group)
+        if len(rollouts[0]) != responses or longest > sampling.max_tokens:
+            raise UserError(
+                f"{path}: {len(rollouts[0])} responses of up to {longest} tokens; config.rollout.responses is "
+                f"{responses} and config.sampling.max_tokens {sampling.max_tokens}"
+            )
+        return rollouts
+
+
+def file_name(folder: Path, version: int, first: int) -> Path:
+    """The file of one call: version of the weights, index of its first prompt."""
+    return folder / f"{version:08d}-{first:010d}.npz"
+
+
+def save_rollouts(path: Path, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> None:
+    """Write one call's rollouts, whole or not at all."""
+    flat = [r for group in rollouts for r in group]
+    arrays = {
+        "prompt_index": np.array([p.index for p in prompts], np.int64),
+        "prompt_lengths": np.array([len(p.token_ids) for p in prompts], np.int32),
+        "prompt_ids": np.concatenate([np.array(p.token_ids, np.int32) for p in prompts]),
+        "responses": np.array(len(rollouts[0]), np.int32),
+        "lengths": np.array([len(r.token_ids) for r in flat], np.int32),
+        "token_ids": np.concatenate([r.token_ids for r in flat]).astype(np.int32),
+        "rollout_logprobs": np.concatenate([r.rollout_logprobs for r in flat]).astype(np.float32),
+        "endings": np.array([ENDINGS.index(r.ending) for r in flat], np.int32),
+        "weight_versions": np.array([r.weight_version for r in flat], np.int32),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_suffix(".new")
+    with staging.open("wb") as stream:
+        np.savez_compressed(stream, **arrays)
+    staging.replace(path)
+
+
+def load_rollouts(path: Path) -> tuple[list[Prompt], list[list[Rollout]]]:
+    """What `save_rollouts` wrote; the prompts come without their problems.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        with np.load(path) as file:
+            a = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it and record the run again") from error
+    ids = np.split(a["prompt_ids"], np.cumsum(a["prompt_lengths"])[:-1])
+    prompts = [
+        Prompt(int(i), Problem("", "", None), tuple(map(int, x))) for i, x in zip(a["prompt_index"], ids, strict=True)
+    ]
+    cuts, responses = np.cumsum(a["lengths"])[:-1], int(a["responses"])
+    tokens, logprobs = np.split(a["token_ids"], cuts), np.split(a["rollout_logprobs"], cuts)
+    flat = [
+        Rollout(
+            prompt_index=prompts[n // responses].index, sample=n % responses, token_ids=tokens[n],
+            rollout_logprobs=logprobs[n], ending=ENDINGS[a["endings"][n]], weight_version=int(a["weight_versions"][n]),
+        )
+        for n in range(len(tokens))
+    ]  # fmt: skip
+    return prompts, [flat[p * responses : (p + 1) * responses] for p in range(len(prompts))]

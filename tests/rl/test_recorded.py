@@ -1,0 +1,87 @@
+"""Rollouts on disk: what is written comes back, and what does not fit is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from m1jax.errors import UserError
+from m1jax.rl.prompts import HELDOUT_INDEX
+from m1jax.rl.recorded import RecordingEngine, ReplayEngine, file_name, load_rollouts, save_rollouts
+from m1jax.types import Sampling
+from tests.rl import small
+
+SAMPLING = Sampling(max_tokens=8)
+
+
+class Canned:
+    """An engine that gives the rollouts it was made with."""
+
+    def __init__(self, rollouts):
+        self.rollouts = rollouts
+
+    def set_weights(self, params, version):
+        self.params = params
+
+    def generate(self, prompts, responses, sampling, seed):
+        return self.rollouts
+
+
+def same(one, other):
+    for a, b in zip([r for g in one for r in g], [r for g in other for r in g], strict=True):
+        for field in dataclasses.fields(a):
+            np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    """A folder with the training rollouts of one call, and what they were."""
+    prompts = small.prompts()
+    rollouts = small.rollouts(prompts)
+    rollouts[1][2] = dataclasses.replace(rollouts[1][2], ending="repetition", weight_version=7)
+    engine = RecordingEngine(Canned(rollouts), tmp_path / "rollouts")
+    engine.set_weights("weights", 7)
+    same(engine.generate(prompts, 4, SAMPLING, 0), rollouts)
+    assert engine.engine.params == "weights"
+    return tmp_path, prompts, rollouts
+
+
+def test_what_an_engine_sampled_comes_back(recorded):
+    run, prompts, rollouts = recorded
+    replay = ReplayEngine(run)
+    replay.set_weights(None, 7)
+    same(replay.generate(prompts, 4, SAMPLING, 0), rollouts)
+    assert [p.name for p in (run / "rollouts").iterdir()] == ["00000007-0000000000.npz"]
+
+
+def test_heldout_rollouts_are_not_kept(tmp_path):
+    prompts = [dataclasses.replace(p, index=HELDOUT_INDEX + p.index) for p in small.prompts()]
+    RecordingEngine(Canned(small.rollouts(prompts)), tmp_path / "rollouts").generate(prompts, 4, SAMPLING, 0)
+    assert not (tmp_path / "rollouts").exists()
+
+
+def test_what_does_not_fit_is_refused(recorded, tmp_path):
+    run, prompts, _ = recorded
+    replay = ReplayEngine(run)
+    with pytest.raises(UserError, match="no such rollouts"):
+        replay.generate(prompts, 4, SAMPLING, 0)
+    replay.set_weights(None, 7)
+    other = [dataclasses.replace(prompts[0], token_ids=(2, 3, 4, 5)), *prompts[1:]]
+    with pytest.raises(UserError, match="answers to other prompts; config.tasks"):
+        replay.generate(other, 4, SAMPLING, 0)
+    with pytest.raises(UserError, match="4 responses of up to 8 tokens; config.rollout.responses is 5"):
+        replay.generate(prompts, 5, SAMPLING, 0)
+    with pytest.raises(UserError, match="config.sampling.max_tokens 7"):
+        replay.generate(prompts, 4, Sampling(max_tokens=7), 0)
+    with pytest.raises(UserError, match="holds no saved rollouts; train it with --config.rollout.save=true"):
+        ReplayEngine(tmp_path / "elsewhere")
+
+
+def test_a_damaged_file_is_named(recorded):
+    run, prompts, rollouts = recorded
+    path = file_name(run / "rollouts", 7, 0)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="00000007-0000000000.npz: damaged"):
+        load_rollouts(path)
+    save_rollouts(path, prompts, rollouts)
+    same(load_rollouts(path)[1], rollouts)
