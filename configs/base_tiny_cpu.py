@@ -2,7 +2,7 @@
 
     python -m experiments.train_sft --config=configs/base_tiny_cpu.py --workdir=runs/base
 
-What the pages look like: experiments/cispo_vs_dapo_vs_grpo/corpus.py.
+What the pages look like: m1jax/data/base_pages.py.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ def get_config(argument: str = "") -> ConfigDict:
             seed=0,
             steps=1200,
             tasks=f"{BITS}, 2 * {SUMS}",
-            text="experiments.cispo_vs_dapo_vs_grpo.corpus:page",
+            text="m1jax.data.base_pages:page",
             loss_on="all",  # a base model: questions are learnt as well as what follows them
             reflection=0.05,
             model=models.tiny(),

@@ -2,7 +2,7 @@
 
     python -m experiments.train_rl --config=configs/zero_rl_tiny_cpu.py --workdir=runs/zero_rl --init_from=runs/base
 
-With --config.loss=dapo or grpo instead; experiments/cispo_vs_dapo_vs_grpo compares them.
+With --config.loss=dapo or grpo instead.
 """
 
 from ml_collections import ConfigDict

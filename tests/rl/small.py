@@ -59,4 +59,8 @@ def batch(prompts_, rollouts_, *, updates=1, micro_rows=16, row_tokens=0, loss=C
     advantages, live = group_advantages(rewards, loss.advantage_scale, loss.std)
     update = UpdateConfig(updates_per_batch=updates, micro_batch_rows=micro_rows, row_tokens=row_tokens)
     shape = BatchShape.of(update, len(prompts_), responses, window=12)
-    return make_batch(prompts_, rollouts_, advantages, live, shape, loss.aggregation, longest=8)
+    reference = None
+    if loss.kl_coefficient:
+        rng = np.random.default_rng(3)
+        reference = [[-rng.exponential(2, len(r.token_ids)) for r in group] for group in rollouts_]
+    return make_batch(prompts_, rollouts_, advantages, live, shape, loss.aggregation, 8, reference)

@@ -16,7 +16,8 @@ from tests import runs
 from tests.rl.test_resume import assert_same_run
 
 KL = dict(loss__kl_coefficient=0.5, loss__kl_estimator="k3")
-DYNAMIC = dict(rollout__dynamic_sampling=True, rollout__max_prompts=12)
+DYNAMIC = dict(rollout__dynamic_sampling=True, rollout__max_prompts=12, rollout__responses=2, rollout__engine_rows=4)
+"""Groups of two, so that some have no variance."""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def distance(result, folder) -> float:
         # 70 training problems: 3 steps of 4 to 12 prompts end within the first epoch; of 8 problems, in the third.
         ("mid_epoch", DYNAMIC),
         ("epoch_end", DYNAMIC | dict(problems__per_task=8)),
+        ("exact_epoch_end", dict(problems__per_task=8)),  # two steps of four prompts
         ("kl_in_loss", KL | dict(loss__kl_in="loss")),
         ("kl_in_reward", KL | dict(loss__kl_in="reward", loss__kl_estimator="k1")),
     ],
@@ -59,7 +61,7 @@ def test_a_run_that_stops_after_every_step_is_the_run_that_did_not(folder, name,
         @property
         def requested(self):
             self.asked = getattr(self, "asked", 0) + 1
-            return self.asked > 1
+            return "SIGTERM" if self.asked > 1 else None
 
         @requested.setter
         def requested(self, value):

@@ -28,6 +28,15 @@ LOSSES = {
     "unified": LossConfig(kind="unified", mask="ppo", clip_low=0.2, clip_high=0.28, weight_cap=2.0),
     "dapo": LossConfig(kind="ppo_clip", clip_low=0.2, clip_high=0.28, aggregation="update_tokens"),
     "grpo": LossConfig(kind="ppo_clip", clip_low=0.2, clip_high=0.2, aggregation="sample_mean", dual_clip=3.0),
+    "grpo_kl": LossConfig(
+        kind="ppo_clip",
+        clip_low=0.2,
+        clip_high=0.2,
+        aggregation="sample_mean",
+        kl_coefficient=0.04,
+        kl_in="loss",
+        kl_estimator="k3",
+    ),  # fmt: skip
     "dr_grpo": LossConfig(kind="ppo_clip", clip_low=0.2, clip_high=0.2, aggregation="constant", advantage_scale="none"),
     "mismatch": LossConfig(weight_cap=5.0, ratio_anchor="trainer", mismatch_cap=2.0, aggregation="sample_and_token"),
 }

@@ -1,4 +1,4 @@
-"""What the base model reads: the task's questions as a scruffy web would answer them.
+"""What a tiny base model reads: questions of the tasks as a scruffy web would answer them.
 
 Most pages guess, many work the answer out without saying so in the asked form, and few do both:
 
