@@ -7,7 +7,7 @@ STAMP := $(VENV)/.m1jax-setup
 PYTEST := JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format bench
+.PHONY: help setup demo test test-slow lint format study bench
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,11 @@ lint: setup  ## format, rules, types
 format: setup  ## put the code into the form that lint asks for
 	$(RUN) -m ruff format .
 	$(RUN) -m ruff check --fix .
+
+study: setup  ## CISPO, DAPO and GRPO over seeds, tuning included: one to two hours on two cores
+	$(RUN) -m experiments.cispo_vs_dapo_vs_grpo.run --phase=tune
+	$(RUN) -m experiments.cispo_vs_dapo_vs_grpo.run
+	$(RUN) -m experiments.cispo_vs_dapo_vs_grpo.table --results=runs/cispo_vs_dapo_vs_grpo/results
 
 bench: setup  ## seconds by stage, lightning core against length, tokens per second
 	$(RUN) -m experiments.bench

@@ -2,11 +2,11 @@
 
     python -m experiments.cispo_vs_dapo_vs_grpo.run --phase=tune      rates, on seeds of their own
     python -m experiments.cispo_vs_dapo_vs_grpo.run                   the study with the rates that won
-    ... [--workdir=runs/cispo_vs_dapo_vs_grpo] [--workers=2] [--smoke]
+    ... [--workdir=runs/cispo_vs_dapo_vs_grpo] [--results=WORKDIR/results] [--workers=2] [--smoke]
 
-Each run is one `experiments.train_rl` command and leaves one file of `results/` (with --smoke, of WORKDIR/results):
-a line about the run, then a line of metrics a step. A file that is there is not run again, so the command goes on where
-it was stopped. `python -m experiments.cispo_vs_dapo_vs_grpo.table` reads the files.
+Each run is one `experiments.train_rl` command and leaves one file of results: a line about the run, then a line of
+metrics a step. A file that is there is not run again, so the command goes on where it was stopped.
+`python -m experiments.cispo_vs_dapo_vs_grpo.table --results=FOLDER` reads the files; those of `results/` here are ours.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from configs.sft_tiny_cpu import BITS, SUMS
 from experiments import cli
-from experiments.cispo_vs_dapo_vs_grpo.results import ALGORITHMS, RESULTS, best_rates, load
+from experiments.cispo_vs_dapo_vs_grpo.results import ALGORITHMS, best_rates, load
 from m1jax.errors import UserError
 from m1jax.train import report
 
@@ -68,11 +68,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phase", choices=("tune", "study"), default="study")
     parser.add_argument("--workdir", default="runs/cispo_vs_dapo_vs_grpo")
+    parser.add_argument("--results", default="", help="folder of the results; by default one in the workdir")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="two steps of small batches, one seed; into the workdir")
+    parser.add_argument("--smoke", action="store_true", help="two steps of small batches, one seed")
     arguments = parser.parse_args()
     workdir = Path(arguments.workdir)
-    results = workdir / "results" if arguments.smoke else RESULTS
+    results = Path(arguments.results) if arguments.results else workdir / "results"
     command = " ".join([sys.executable, "-m", "experiments.cispo_vs_dapo_vs_grpo.run", *sys.argv[1:]])
     raise SystemExit(
         cli.guard(lambda: study(arguments.phase, workdir, results, arguments.workers, arguments.smoke), command)

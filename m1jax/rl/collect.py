@@ -8,11 +8,11 @@ the last one that is used are asked again in the next batch, with its weights, s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from m1jax.rl.advantage import group_advantages
+from m1jax.rl.run import Run, Sampled
 from m1jax.types import Prompt, Rollout
 
 
@@ -40,12 +40,13 @@ class Generation:
     metrics: dict[str, float]
 
 
-def collect(run: Any) -> Generation:
-    """Ask prompts from `run.cursor` on until the batch is full; `run` is a `m1jax.rl.run.Run`."""
+def collect(run: Run) -> Generation:
+    """Ask prompts from `run.cursor` on until the batch is full."""
     rollout, loss = run.config.rollout, run.config.loss
     per_call = max(rollout.engine_rows // rollout.responses, 1)  # the engine fills a call up with dummies
     limit = rollout.max_prompts if rollout.dynamic_sampling else rollout.prompts
-    rounds, alive = [], np.zeros(0, bool)
+    rounds: list[Sampled] = []
+    alive = np.zeros(0, bool)
     while len(alive) < limit and alive.sum() < rollout.prompts:
         missing = rollout.prompts - int(alive.sum())
         count = min(-(-missing // per_call) * per_call if rounds else missing, rollout.prompts, limit - len(alive))
@@ -78,7 +79,7 @@ def collect(run: Any) -> Generation:
         rollouts=[g for r in rounds for g in r.rollouts],
         rewards_PR=join("rewards_PR"),
         correct_PR=join("correct_PR"),
-        reference=None if rounds[0].reference is None else [g for r in rounds for g in r.reference],
+        reference=None if rounds[0].reference is None else [g for r in rounds for g in r.reference or ()],
         used=np.isin(np.arange(len(alive)), chosen),
         consumed=int(chosen[-1]) + 1 if full else len(alive),
         metrics=metrics,
