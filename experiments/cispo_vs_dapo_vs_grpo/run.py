@@ -34,7 +34,7 @@ TASKS = {"count_bits": BITS, "basic_arithmetic": SUMS}
 RATES = (1e-4, 2e-4, 4e-4)
 TUNING_SEEDS, SEEDS = (100,), (0, 1, 2, 3, 4)
 CONFIG, BASE_CONFIG = "configs/zero_rl_tiny_cpu.py", "configs/base_tiny_cpu.py"
-KEPT = ("reward/", "rollout/", "train/", "mismatch/", "ratio/", "gradient/", "optimizer/", "heldout/", "time/")
+KEPT = ("reward/", "rollout/", "train/", "mismatch/", "ratio/", "rare/", "gradient/", "optimizer/", "heldout/", "time/")
 """Metrics that a result keeps; histograms by decade are left out."""
 
 
@@ -86,13 +86,14 @@ def jobs(phase: str, results: Path, smoke: bool) -> list[Job]:
     Raises:
         UserError: the study is asked for before its rates are tuned.
     """
-    cells = itertools.product(TASKS, ALGORITHMS)
     if phase == "tune":
         seeds, rates = (TUNING_SEEDS[:1], RATES[:1]) if smoke else (TUNING_SEEDS, RATES)
         return [Job(phase, t, a, s, r) for s in seeds for r in rates for t, a in itertools.product(TASKS, ALGORITHMS)]
+    if missing := [job.name for job in jobs("tune", results, smoke) if not result_file(results, job).exists()]:
+        raise UserError(
+            f"{results}/tune: {len(missing)} runs are missing, {missing[0]} the first; run with --phase=tune first"
+        )
     best = best_rates(load(results / "tune"))
-    if missing := [f"{t} {a}" for t, a in cells if (t, a) not in best]:
-        raise UserError(f"{results}/tune: no tuned rate for {', '.join(missing)}; run with --phase=tune first")
     return [
         Job(phase, t, a, s, best[t, a])
         for s in (SEEDS[:1] if smoke else SEEDS)
@@ -103,8 +104,9 @@ def jobs(phase: str, results: Path, smoke: bool) -> list[Job]:
 def study(phase: str, workdir: Path, results: Path, workers: int, smoke: bool) -> None:
     """Run what is not there yet."""
     base = make_base(workdir, smoke)
-    todo = [job for job in jobs(phase, results, smoke) if not (results / phase / f"{job.name}.jsonl").exists()]
-    total = len(jobs(phase, results, smoke))
+    wanted = jobs(phase, results, smoke)
+    todo = [job for job in wanted if not result_file(results, job).exists()]
+    total = len(wanted)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
     free = [cores[i % len(cores)] for i in range(workers)]
     running: dict[int, tuple[Job, Path, Any, Any]] = {}
@@ -128,9 +130,14 @@ def study(phase: str, workdir: Path, results: Path, workers: int, smoke: bool) -
                     for _, _, _, other in running.values():
                         other.terminate()
                     raise UserError(f"{job.name} ended with code {process.returncode}; its output: {folder}/log.txt")
-                keep(job, folder, usage.ru_utime + usage.ru_stime, results / phase / f"{job.name}.jsonl")
+                keep(job, folder, usage.ru_utime + usage.ru_stime, result_file(results, job))
                 bar.update()
                 bar.set_postfix_str(job.name)
+
+
+def result_file(results: Path, job: Job) -> Path:
+    """Where the result of a run lies."""
+    return results / job.phase / f"{job.name}.jsonl"
 
 
 def make_base(workdir: Path, smoke: bool) -> Path:
