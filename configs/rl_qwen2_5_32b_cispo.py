@@ -90,10 +90,12 @@ def figure_2(argument: str, loss: dict, rollout: dict, reward: dict) -> ConfigDi
             checkpoint=dict(every=10, keep=2),  # our choice
         )
     )
-    config.model.param_dtype = "float32"  # a step of 1e-6 is below the rounding of bfloat16 parameters
-    config.model.remat = "layer"
+    # A step of 1e-6 is below the rounding of bfloat16 parameters.
+    config.update(dict(model=dict(param_dtype="float32", remat="layer")))
     if argument == "smoke":
         shrink(config)
+        config.update(dict(rollout=dict(max_prompts=12)) if rollout else {})
+        config.update(dict(reward=dict(overlong_buffer=4)) if reward else {})
     elif argument:
         raise ValueError(f"unknown argument {argument!r}; there is smoke")
     return config
@@ -120,7 +122,3 @@ def shrink(config: ConfigDict) -> None:
             checkpoint=dict(every=1),
         )
     )
-    if config.rollout.get("dynamic_sampling"):
-        config.rollout.max_prompts = 12
-    if config.reward.get("overlong_buffer"):
-        config.reward.overlong_buffer = 4

@@ -32,8 +32,11 @@ def named_function(name: str, field: str) -> Callable[..., Any]:
     try:
         if not (module and colon and function):
             raise ImportError("it is not of the form module:function")
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+        found = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise ImportError("it is no function")
+        return found
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # TypeError: a relative name
         raise ValueError(f"{field}: cannot load {name!r} ({error}); write module:function") from error
 
 

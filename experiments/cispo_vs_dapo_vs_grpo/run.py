@@ -2,10 +2,12 @@
 
     python -m experiments.cispo_vs_dapo_vs_grpo.run --phase=tune      rates, on seeds of their own
     python -m experiments.cispo_vs_dapo_vs_grpo.run                   the study with the rates that won
-    ... [--workdir=runs/cispo_vs_dapo_vs_grpo] [--results=WORKDIR/results] [--workers=2] [--smoke]
+    ... [--workdir=runs/cispo_vs_dapo_vs_grpo] [--results=WORKDIR/results] [--workers=2]
+    ... --smoke                            two steps of small batches, one seed, in a work folder of its own
 
 Each run is one `experiments.train_rl` command and leaves one file of results: a line about the run, then a line of
-metrics a step. A file that is there is not run again, so the command goes on where it was stopped.
+metrics a step. A file that is there is not run again, so the command goes on where it was stopped; a run that was cut
+is started anew, so that its CPU seconds are those of the whole.
 `python -m experiments.cispo_vs_dapo_vs_grpo.table --results=FOLDER` reads the files; those of `results/` here are ours.
 """
 
@@ -15,19 +17,24 @@ import argparse
 import itertools
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from configs.sft_tiny_cpu import BITS, SUMS
-from experiments import cli
+from experiments import cli, train_rl
 from experiments.cispo_vs_dapo_vs_grpo.results import ALGORITHMS, best_rates, load
+from m1jax.config import build, changed_keys, to_dict
 from m1jax.errors import UserError
+from m1jax.rl.settings import RLConfig
 from m1jax.train import report
 
 TASKS = {"count_bits": BITS, "basic_arithmetic": SUMS}
@@ -67,12 +74,12 @@ class Job:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phase", choices=("tune", "study"), default="study")
-    parser.add_argument("--workdir", default="runs/cispo_vs_dapo_vs_grpo")
+    parser.add_argument("--workdir", default="")
     parser.add_argument("--results", default="", help="folder of the results; by default one in the workdir")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="two steps of small batches, one seed")
     arguments = parser.parse_args()
-    workdir = Path(arguments.workdir)
+    workdir = Path(arguments.workdir or "runs/cispo_vs_dapo_vs_grpo" + "_smoke" * arguments.smoke)
     results = Path(arguments.results) if arguments.results else workdir / "results"
     command = " ".join([sys.executable, "-m", "experiments.cispo_vs_dapo_vs_grpo.run", *sys.argv[1:]])
     raise SystemExit(
@@ -105,17 +112,20 @@ def study(phase: str, workdir: Path, results: Path, workers: int, smoke: bool) -
     """Run what is not there yet."""
     base = make_base(workdir, smoke)
     wanted = jobs(phase, results, smoke)
+    for job in wanted:
+        refuse_other_config(job, result_file(results, job), base, smoke)
     todo = [job for job in wanted if not result_file(results, job).exists()]
     total = len(wanted)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None]
     free = [cores[i % len(cores)] for i in range(workers)]
-    running: dict[int, tuple[Job, Path, Any, Any]] = {}
-    with tqdm(total=total, initial=total - len(todo), desc=phase, unit="run") as bar:
+    running: dict[int, tuple[Job, Path, int | None, subprocess.Popen]] = {}
+    with tqdm(total=total, initial=total - len(todo), desc=phase, unit="run") as bar, ended_with_us(running):
         while todo or running:
             while todo and free:
                 job, core = todo.pop(0), free.pop()
                 folder = workdir / phase / job.name
-                folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
                 process = start(job.command(base, folder, smoke), folder / "log.txt", core)
                 running[process.pid] = (job, folder, core, process)
             time.sleep(0.5)
@@ -127,17 +137,41 @@ def study(phase: str, workdir: Path, results: Path, workers: int, smoke: bool) -
                 del running[pid]
                 free.append(core)
                 if process.returncode:
-                    for _, _, _, other in running.values():
-                        other.terminate()
                     raise UserError(f"{job.name} ended with code {process.returncode}; its output: {folder}/log.txt")
                 keep(job, folder, usage.ru_utime + usage.ru_stime, result_file(results, job))
                 bar.update()
                 bar.set_postfix_str(job.name)
 
 
+@contextmanager
+def ended_with_us(running: Mapping[int, tuple[Job, Path, int | None, subprocess.Popen]]) -> Iterator[None]:
+    """Leave no run behind: not after a failure of one, Ctrl-C or SIGTERM."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for *_, process in running.values():
+            process.kill()  # a cut run starts anew, so there is nothing to save
+            process.wait()
+
+
 def result_file(results: Path, job: Job) -> Path:
     """Where the result of a run lies."""
     return results / job.phase / f"{job.name}.jsonl"
+
+
+def refuse_other_config(job: Job, result: Path, base: Path, smoke: bool) -> None:
+    """Raise UserError where a result is there that was made with other settings than the job's."""
+    if result.exists():
+        wanted = to_dict(build(RLConfig, cli.parse(job.command(base, base, smoke)[3:], train_rl.add_flags).config))
+        there = json.loads(result.read_text().partition("\n")[0])["config"]
+        changed = changed_keys(there, json.loads(json.dumps(wanted)))
+        if odd := [change for change in changed if change[0] != "init_from"]:
+            key, old, new = odd[0]
+            raise UserError(
+                f"{result}: made with {key} = {old!r}, now it is {new!r}; delete it, or use another workdir"
+            )
 
 
 def make_base(workdir: Path, smoke: bool) -> Path:

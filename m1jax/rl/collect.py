@@ -1,7 +1,8 @@
 """One generation batch: prompts asked, responses judged, and which groups the updates are made of.
 
-Without dynamic sampling that is one round. With it, further prompts stand in for groups without variance until enough
-groups have some, or until `rollout.max_prompts` were asked: then the updates are made of what there is. Prompts beyond
+A group can teach where its verified rewards differ, whatever length and KL add to them. Without dynamic sampling there
+is one round, and other groups leave the batch. With it, further prompts stand in for them until enough groups can
+teach, or until `rollout.max_prompts` were asked: then the updates are made of what there is. Prompts beyond
 the last one that is used are asked again in the next batch, with its weights, so none is lost.
 """
 
@@ -42,7 +43,7 @@ class Generation:
 
 def collect(run: Run) -> Generation:
     """Ask prompts from `run.cursor` on until the batch is full."""
-    rollout, loss = run.config.rollout, run.config.loss
+    rollout = run.config.rollout
     per_call = max(rollout.engine_rows // rollout.responses, 1)  # the engine fills a call up with dummies
     limit = rollout.max_prompts if rollout.dynamic_sampling else rollout.prompts
     rounds: list[Sampled] = []
@@ -51,8 +52,8 @@ def collect(run: Run) -> Generation:
         missing = rollout.prompts - int(alive.sum())
         count = min(-(-missing // per_call) * per_call if rounds else missing, rollout.prompts, limit - len(alive))
         rounds.append(run.sample(run.cursor + len(alive), count))
-        rewards_PR = rounds[-1].scores.rewards_PR
-        alive = np.append(alive, group_advantages(rewards_PR, loss.advantage_scale, loss.std)[1].any(axis=1))
+        _, live_PR = group_advantages(rounds[-1].scores.verified_PR)
+        alive = np.append(alive, live_PR.any(axis=1))
         if not rollout.dynamic_sampling:
             break
 
@@ -68,6 +69,7 @@ def collect(run: Run) -> Generation:
     metrics = {
         k: sum(w * r.scores.metrics[k] for w, r in zip(weights, rounds, strict=True)) for k in rounds[0].scores.metrics
     }
+    metrics["reward/zero_variance_share"] = float(1 - alive.mean())
     if rollout.dynamic_sampling:
         metrics |= {
             "sampling/prompts_asked": len(alive),

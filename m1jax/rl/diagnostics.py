@@ -117,9 +117,10 @@ def cosine(one: Entries, other: Entries) -> jax.Array:
 def eps_dominated_share(state: TrainState, adam: OptimizerConfig) -> jax.Array:
     """E2 of the paper: share of AdamW's denominators sqrt(v) + eps in which eps is the larger part.
 
-    After the update, v corrected for its start at zero; entries that never had a gradient (v = 0) are left out.
+    After the update, v corrected for its start at zero; entries that never had a gradient are left out, by the first
+    moment: v underflows for gradients below 1e-19.
     """
     v, stands_for = sample_entries(optax.tree.get(state.opt_state, "nu"))
-    seen = jnp.where(v > 0, stands_for, 0.0)
+    seen = jnp.where(sample_entries(optax.tree.get(state.opt_state, "mu"))[0] != 0, stands_for, 0.0)
     corrected = v / (1 - adam.b2 ** jnp.maximum(state.updates, 1).astype(jnp.float32))
     return jnp.sum(jnp.where(jnp.sqrt(corrected) < adam.eps, seen, 0.0)) / jnp.maximum(seen.sum(), 1)

@@ -46,7 +46,7 @@ def train(
         Interrupted: SIGTERM or Ctrl-C, after saving.
     """
     with StopSignal() as stop, open_run(config, workdir, params, engine, log) as run:
-        if not run.outcome["heldout"]:
+        if run.saved < 0:
             evaluate(run)
         while run.step < config.steps and not stop.requested:
             generation = collect(run)  # prompts, rollouts, rewards; more prompts with dynamic sampling

@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from m1jax.config import named_function
-from m1jax.types import AGGREGATIONS
+from m1jax.types import AGGREGATIONS, Array
 
 MAX_LOG_RATIO = 20.0
 """log r is clamped to +-20 before exp: e^20 is far beyond every cap, and exp of junk would be inf, inf * 0 NaN. Beyond
@@ -40,7 +41,8 @@ class LossInput:
         anchor_logprobs: log mu(token) of the behaviour policy, frozen for the generation batch.
         advantages: per token.
         weights: per token, not negative; 0 leaves the token out, whatever stands in the other arrays.
-        group_ids: int, tokens of one prompt's responses share one; 0 where `weights` is 0.
+        group_ids: int, tokens of one prompt's responses share one; 0 where `weights` is 0. For a loss of your own: the
+            ones here find their groups in `weights`.
         reference_logprobs: log pi_ref(token) of the frozen reference; None where nothing is held near one.
     """
 
@@ -114,14 +116,17 @@ def ppo_clip(x: LossInput, clip_low: float, clip_high: float, dual_clip: float |
 # -- divergence from the reference -------------------------------------------------------------------------------
 
 
-def kl_terms(policy_logprobs: jax.Array, reference_logprobs: jax.Array, estimator: str) -> jax.Array:
+def kl_terms(policy_logprobs: Array, reference_logprobs: Array, estimator: str, xp: Any = jnp) -> Array:
     """Estimators of KL(pi || pi_ref), token by token, for tokens that were sampled from pi (Schulman, 2020).
+
+    In the later updates of a batch the tokens are the behaviour policy's, and nothing corrects for that (as in GRPO).
+    `xp` is NumPy for arrays of the host.
 
     With d = log pi_ref - log pi, clamped to MAX_LOG_RATIO: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d. k1 and k3 have the
     KL as their mean; the gradient of k2 has the KL's gradient as its mean; the gradient of k1 has mean zero.
     """
-    d = jnp.clip(reference_logprobs - policy_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return {"k1": -d, "k2": d * d / 2, "k3": jnp.expm1(d) - d}[estimator]
+    d = xp.clip(reference_logprobs - policy_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return {"k1": -d, "k2": d * d / 2, "k3": xp.expm1(d) - d}[estimator]
 
 
 def kl_loss(x: LossInput, estimator: str) -> jax.Array:
@@ -190,8 +195,9 @@ class LossConfig:
         std: "population" (divided by the count) or "sample" (count - 1), which makes 6.9% at 8 responses.
         ratio_anchor: what r is measured against: "rollout", the engine's log-probabilities, or "trainer", one more
             forward pass before the first update. Frozen once per generation batch either way.
-        mismatch_cap: with the trainer as anchor, weigh each token by min(pi_trainer / mu_engine, mismatch_cap), for
-            the gap between trainer and engine (truncated importance sampling); None for no such weight.
+        mismatch_cap: with the trainer as anchor, weigh each token, of a KL term too, by
+            min(pi_trainer / mu_engine, mismatch_cap), for the gap between trainer and engine (truncated importance
+            sampling); None for no such weight.
         kl_coefficient: weight of the KL to the reference, the parameters that the run started from; 0 for none.
         kl_in: where it goes: "loss", as one more term (GRPO), or "reward", summed over a response and taken from its
             reward before the groups are compared (PPO of language models).
@@ -249,8 +255,8 @@ class LossConfig:
         self._check_kl()
 
     def _check_kl(self) -> None:
-        if self.kl_coefficient < 0:
-            raise ValueError(f"kl_coefficient: {self.kl_coefficient} must be at least 0 (0 is no KL term)")
+        if not 0 <= self.kl_coefficient < math.inf:
+            raise ValueError(f"kl_coefficient: {self.kl_coefficient} must be at least 0 and finite (0 is no KL term)")
         for field, choices in (("kl_in", KL_PLACES), ("kl_estimator", KL_ESTIMATORS)):
             value = getattr(self, field)
             if self.kl_coefficient and value not in choices:
@@ -274,9 +280,12 @@ class LossConfig:
             "unified": {"dual_clip": None} | (clips if self.mask == "none" else {}),
             "ppo_clip": bounds | {"mask": "none"},
         }[self.kind]
+        if self.advantage_scale == "none":
+            unread |= {"std": "population"}
         for field, unset in unread.items():
             if getattr(self, field) != unset:
-                raise ValueError(f"{field}: {getattr(self, field)!r} is not read by kind={self.kind!r}; leave it out")
+                by = "advantage_scale='none'" if field == "std" else f"kind={self.kind!r}"
+                raise ValueError(f"{field}: {getattr(self, field)!r} is not read by {by}; leave it out")
         if self.kind == "cispo" and self.weight_cap is None:
             raise ValueError("weight_cap: missing; kind='cispo' needs it, 5 for example (no cap is kind='reinforce')")
         if self.kind == "ppo_clip" or self.mask == "ppo":
@@ -300,7 +309,7 @@ class LossConfig:
         acts = {
             "reinforce": "REINFORCE: importance weights without a bound",
             "cispo": f"CISPO: {weights}",
-            "unified": f"unified: {weights}, mask {self.mask}" + f", {trusted}" * (self.clip_low is not None),
+            "unified": f"unified: {weights}, mask {self.mask}" + f", {trusted}" * bool(low or high),
             "ppo_clip": f"PPO's clip: {trusted}" + f", dual clip {self.dual_clip}" * (self.dual_clip is not None),
         }[self.kind]
         mismatch = f", engine mismatch weight up to {self.mismatch_cap:g}" if self.mismatch_cap is not None else ""

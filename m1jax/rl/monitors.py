@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from m1jax.rl.advantage import group_advantages
 from m1jax.rl.diagnostics import GRADIENT_DECADES, PROBABILITIES
 from m1jax.types import ENDINGS, Prompt, Rollout
 
@@ -17,19 +16,17 @@ def rollout_metrics(
     rewards_PR: np.ndarray,
     correct_PR: np.ndarray,
 ) -> dict[str, float]:
-    """Reward, accuracy by task, entropy, lengths by ending and outcome, shares of endings and of dead groups.
+    """Reward, accuracy by task, entropy, lengths by ending and outcome, shares of endings.
 
     Over all prompts that were asked. A NaN among the rewards is a response without one; it counts in everything but
     the mean reward.
     """
-    _, live_PR = group_advantages(rewards_PR)
     flat = [r for group in rollouts for r in group]
     lengths = np.array([len(r.token_ids) for r in flat])
     surprisals = -np.concatenate([r.rollout_logprobs for r in flat])
     metrics = {
         "reward/mean": float(np.nanmean(rewards_PR)) if (rewards_PR == rewards_PR).any() else 0.0,
         "reward/accuracy": float(correct_PR.mean()),
-        "reward/zero_variance_share": float(1 - live_PR.any(axis=1).mean()),
         "rollout/length_mean": float(lengths.mean()),
         "rollout/length_p99": float(np.percentile(lengths, 99)),
         "rollout/tokens": int(lengths.sum()),
@@ -90,7 +87,7 @@ def update_metrics(device: Mapping[str, np.ndarray]) -> dict[str, float]:
     for what in ("capped", "dropped"):
         counts, of = (values[f"{n}_by_probability"].sum(axis=0) for n in (what, "tokens"))
         shares = counts / np.maximum(of, 1)
-        metrics |= {f"ratio/{what}_share_{name}": share for name, share in zip(names, shares, strict=True)}
+        metrics |= {f"ratio/{what}_share_{name}": x for name, x, n in zip(names, shares, of, strict=True) if n}
     if later.size:
         metrics["ratio/abs_log_later_updates"] = later.mean()
         if rare := values["tokens_by_probability"][1:, 0].sum():

@@ -10,6 +10,7 @@ ending. A replay needs no sampler: it repeats the updates of a run exactly, or t
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,13 @@ from m1jax.rl.prompts import HELDOUT_INDEX
 from m1jax.types import ENDINGS, Engine, Params, Problem, Prompt, Rollout, Sampling
 
 ROLLOUTS = "rollouts"
+SAME = "config.tasks, problems, tokenizer, seed, rollout and reward have to be"
+
+
+FIELDS = (
+    "prompt_index", "prompt_lengths", "prompt_ids", "temperature", "responses", "lengths", "token_ids",
+    "rollout_logprobs", "endings", "weight_versions",
+)  # fmt: skip
 
 
 class RecordingEngine:
@@ -35,7 +43,8 @@ class RecordingEngine:
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
         rollouts = self.engine.generate(prompts, responses, sampling, seed)
         if prompts[0].index < HELDOUT_INDEX:
-            save_rollouts(file_name(self.folder, self.version, prompts[0].index), prompts, rollouts)
+            path = file_name(self.folder, self.version, prompts[0].index)
+            save_rollouts(path, prompts, rollouts, sampling.temperature)
         return rollouts
 
 
@@ -44,16 +53,22 @@ class ReplayEngine:
 
     Args:
         run: a run folder that was trained with `rollout.save`.
+        steps: generation batches that will be asked.
 
     Raises:
-        UserError: it has no rollouts; later, that a prompt is another one than was answered there.
+        UserError: it has no rollouts, or not of so many steps; later, that it was asked something else there.
     """
 
-    def __init__(self, run: str | Path):
+    def __init__(self, run: str | Path, steps: int):
         self.folder, self.version = Path(run) / ROLLOUTS, -1
         if not self.folder.is_dir():
             raise UserError(
                 f"config.rollout.replay: {run} holds no saved rollouts; train it with --config.rollout.save=true"
+            )
+        there = len({path.name.partition("-")[0] for path in self.folder.glob("*-*.npz")})
+        if steps > there:
+            raise UserError(
+                f"config.rollout.replay: {run} holds the rollouts of {there} steps, config.steps is {steps}; lower it"
             )
 
     def set_weights(self, params: Params, version: int) -> None:
@@ -62,12 +77,14 @@ class ReplayEngine:
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
         path = file_name(self.folder, self.version, prompts[0].index)
         if not path.is_file():
-            raise UserError(f"{path}: no such rollouts; the run that was saved asked other prompts, or stopped before")
-        kept, rollouts = load_rollouts(path)
+            raise UserError(f"{path}: no such rollouts; {SAME} those of the run that was saved")
+        kept, rollouts, temperature = load_rollouts(path)
         if [p.token_ids for p in kept] != [p.token_ids for p in prompts]:
+            raise UserError(f"{path}: answers to other prompts; {SAME} those of the run that was saved")
+        if temperature != sampling.temperature:
             raise UserError(
-                f"{path}: answers to other prompts; config.tasks, config.problems, config.tokenizer, config.seed and "
-                f"config.rollout.prompts have to be those of the run that was saved"
+                f"{path}: sampled at temperature {temperature:g}, where its log-probabilities hold; "
+                f"config.sampling.temperature is {sampling.temperature:g}"
             )
         longest = max(len(r.token_ids) for group in rollouts for r in group)
         if len(rollouts[0]) != responses or longest > sampling.max_tokens:
@@ -83,13 +100,16 @@ def file_name(folder: Path, version: int, first: int) -> Path:
     return folder / f"{version:08d}-{first:010d}.npz"
 
 
-def save_rollouts(path: Path, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> None:
+def save_rollouts(
+    path: Path, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]], temperature: float
+) -> None:
     """Write one call's rollouts, whole or not at all."""
     flat = [r for group in rollouts for r in group]
     arrays = {
         "prompt_index": np.array([p.index for p in prompts], np.int64),
         "prompt_lengths": np.array([len(p.token_ids) for p in prompts], np.int32),
         "prompt_ids": np.concatenate([np.array(p.token_ids, np.int32) for p in prompts]),
+        "temperature": np.array(temperature),
         "responses": np.array(len(rollouts[0]), np.int32),
         "lengths": np.array([len(r.token_ids) for r in flat], np.int32),
         "token_ids": np.concatenate([r.token_ids for r in flat]).astype(np.int32),
@@ -104,16 +124,16 @@ def save_rollouts(path: Path, prompts: Sequence[Prompt], rollouts: Sequence[Sequ
     staging.replace(path)
 
 
-def load_rollouts(path: Path) -> tuple[list[Prompt], list[list[Rollout]]]:
-    """What `save_rollouts` wrote; the prompts come without their problems.
+def load_rollouts(path: Path) -> tuple[list[Prompt], list[list[Rollout]], float]:
+    """(prompts, rollouts, temperature) as `save_rollouts` got them; the prompts come without their problems.
 
     Raises:
         UserError: the file is damaged.
     """
     try:
         with np.load(path) as file:
-            a = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            a = {name: file[name] for name in FIELDS}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged ({error}); delete it and record the run again") from error
     ids = np.split(a["prompt_ids"], np.cumsum(a["prompt_lengths"])[:-1])
     prompts = [
@@ -128,4 +148,5 @@ def load_rollouts(path: Path) -> tuple[list[Prompt], list[list[Rollout]]]:
         )
         for n in range(len(tokens))
     ]  # fmt: skip
-    return prompts, [flat[p * responses : (p + 1) * responses] for p in range(len(prompts))]
+    groups = [flat[p * responses : (p + 1) * responses] for p in range(len(prompts))]
+    return prompts, groups, float(a["temperature"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,13 @@ class Questions:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the reward stage says of P prompts with R responses each; a NaN is a response without a reward."""
+    """What the reward stage says of P prompts with R responses each; a NaN is a response without a reward.
+
+    `verified_PR` comes before the penalties of length and KL: whether a group can teach is a matter of its answers.
+    """
 
     rewards_PR: np.ndarray
+    verified_PR: np.ndarray
     correct_PR: np.ndarray
     metrics: dict[str, float]
 
@@ -110,22 +114,25 @@ class Scorer:
         reward = self.reward
         scored = score_responses(self.grader, self.tasks, problems, self._texts(rollouts), reward.format_weight)
         metrics = scored.metrics()
-        if metrics["reward/unscored"] > reward.max_unscored_share:
+        unscored = metrics["reward/unscored"] / max(1 - metrics["reward/no_answer"], 1e-9)
+        if unscored > reward.max_unscored_share:
             raise UserError(
-                f"step {step}: the verifiers gave {metrics['reward/unscored']:.0%} of the responses no score (None or "
-                f"NaN), config.reward.max_unscored_share allows {reward.max_unscored_share:.0%}; mend the verifier"
+                f"step {step}: the verifiers gave {unscored:.0%} of the answers no score (None or NaN), "
+                f"config.reward.max_unscored_share allows {reward.max_unscored_share:.0%}; mend the verifier"
             )
         flat = [r for group in rollouts for r in group]
         policies = {"length": reward.on_length, "repetition": reward.on_repetition}
-        rewards = by_ending(scored.rewards, [r.ending for r in flat], policies)
+        verified = by_ending(scored.rewards, [r.ending for r in flat], policies)
+        rewards = verified
         if reward.overlong_buffer:
             lengths = np.array([len(r.token_ids) for r in flat])
             penalties = reward.overlong_penalty * overlong(lengths, self.window, reward.overlong_buffer)
-            rewards, metrics["reward/overlong_penalty"] = rewards - penalties, float(penalties.mean())
+            rewards = verified - penalties
+            metrics["reward/overlong_penalty"] = float(penalties[~np.isnan(rewards)].sum()) / len(flat)
         if "filter" in policies.values():
-            metrics["reward/filtered"] = float(np.isnan(rewards).mean()) - metrics["reward/unscored"]
+            metrics["reward/filtered"] = sum(policies.get(r.ending) == "filter" for r in flat) / len(flat)
         shape = (len(prompts), -1)
-        return Scores(rewards.reshape(shape), scored.correct.reshape(shape), metrics)
+        return Scores(rewards.reshape(shape), verified.reshape(shape), scored.correct.reshape(shape), metrics)
 
     def score_heldout(
         self, step: int, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]
@@ -197,14 +204,14 @@ class Run:
             if reference is not None and config.loss.kl_in == "reward":
                 penalties = config.loss.kl_coefficient * kl_sums(rollouts, reference, config.loss.kl_estimator or "")
                 metrics = scores.metrics | {"reward/kl_penalty": float(penalties.mean())}
-                scores = Scores(scores.rewards_PR - penalties, scores.correct_PR, metrics)
+                scores = replace(scores, rewards_PR=scores.rewards_PR - penalties, metrics=metrics)
         return Sampled(prompts, rollouts, scores, reference)
 
     def score_heldout(
         self, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]
     ) -> tuple[list[str], np.ndarray]:
         """(texts, correctness) of one response to each prompt."""
-        return self.scorer.score_heldout(self.step + 1, prompts, rollouts)
+        return self.scorer.score_heldout(self.step, prompts, rollouts)
 
     def record_heldout(self, answers: Sequence[Answered], table: dict[str, tuple[int, int]]) -> None:
         """Note an evaluation: in the metrics of this step, and as `before` or `after` of the outcome."""
@@ -338,12 +345,14 @@ def open_reference(
 ) -> Callable[[list[Prompt], list[list[Rollout]]], list[list[np.ndarray]]]:
     """The parameters that a run starts from, as a function of rollouts; kept in `reference/` for when it is resumed."""
     with Checkpoints(folder / REFERENCE, 1, log) as store:
-        restored = store.restore_latest({"params": params})
-        if restored is None and steps(folder / "checkpoints"):
-            raise UserError(f"{folder / REFERENCE}: gone, and the run cannot be held near what it no longer has")
-        if restored is None:
+        if steps(folder / "checkpoints"):
+            restored = store.restore_latest({"params": params})
+            if restored is None:
+                raise UserError(f"{folder / REFERENCE}: gone, and with it what the run is held near; start it anew")
+            frozen = restored[1]["params"]
+        else:
             store.save(0, {"params": params}, {})
-    frozen = jax.tree.map(jnp.copy, params) if restored is None else restored[1]["params"]
+            frozen = jax.tree.map(jnp.copy, params)  # the update writes over the originals
     logprobs = make_frozen_logprobs(config.model, mesh, temperature=config.sampling.temperature)
     shape, longest = config.batch_shape, config.sampling.max_tokens
 
@@ -367,7 +376,9 @@ def open_run(
     """Set a run up, restored from its last checkpoint where it has one, and close it whatever happens."""
     folder, mesh = Path(workdir), data_mesh()
     check_rows(config.update.micro_batch_rows, "config.update.micro_batch_rows", mesh)
-    if engine is None:
+    if engine is not None and config.rollout.replay:
+        raise UserError("config.rollout.replay: stands in for an engine, and one was given; leave one of the two out")
+    if engine is None and not config.rollout.replay:
         check_rows(config.rollout.engine_rows, "config.rollout.engine_rows", mesh)
         prompts = config.rollout.engine_rows // config.rollout.responses
         check_rows(prompts, "config.rollout.engine_rows / responses", mesh)
@@ -410,7 +421,8 @@ def open_run(
         stack.callback(sinks.close)
         scorer = stack.enter_context(open_scorer(config, questions))
         if config.rollout.replay:
-            engine, heldout = ReplayEngine(config.rollout.replay), []  # what was sampled by other weights tests nothing
+            # What other weights sampled tests nothing: no held-out prompts.
+            engine, heldout = ReplayEngine(config.rollout.replay, config.steps), []
         else:
             engine, heldout = engine or local_engine(config, questions, mesh), questions.heldout
         if config.rollout.save:

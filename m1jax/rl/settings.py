@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from m1jax.data.settings import ProblemsConfig, TokenizerConfig
@@ -57,7 +58,9 @@ class RolloutConfig:
         if self.overfit_one_batch and self.dynamic_sampling:
             raise ValueError("overfit_one_batch: dynamic sampling would ask other prompts; choose one of the two")
         if self.save and self.replay:
-            raise ValueError("save: these rollouts are saved already, in the run that replay names")
+            raise ValueError(
+                "save: these rollouts are saved already, in the run that replay names; leave one of them out"
+            )
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,13 @@ class RewardConfig:
     Attributes:
         format_weight: what keeping to `<think>..</think><answer>..</answer>` is worth.
         on_length, on_repetition: what becomes of a response that filled the window, or was cut for repeating itself:
-            "keep" (the verifier's reward), "wrong" (0) or "filter" (it leaves the batch; DAPO's overlong filtering).
+            "keep" (the verifier's reward), "wrong" (reward 0, whatever the verifier says) or "filter" (it leaves the
+            batch; DAPO's overlong filtering).
             One that stopped by itself is always kept.
         overlong_buffer: tokens before the end of the window over which a penalty grows; 0 for none.
         overlong_penalty: what a response that fills the window loses.
-        max_unscored_share: more responses than this share that the verifier gives no score (None or NaN) stop the run.
+        max_unscored_share: more than this share of the answers without a score (the verifier's None or NaN) stop the
+            run.
         workers: processes that run verifiers.
         cpu_seconds: CPU time after which one verdict is given up (the response scores 0 and is counted).
     """
@@ -89,8 +94,11 @@ class RewardConfig:
         for name in ("on_length", "on_repetition"):
             if getattr(self, name) not in ENDING_POLICIES:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be one of {ENDING_POLICIES}")
-        if self.overlong_buffer < 0 or self.overlong_penalty < 0:
-            raise ValueError("overlong_buffer: neither it nor overlong_penalty may be negative")
+        if self.overlong_buffer < 0 or not 0 <= self.overlong_penalty < math.inf:
+            raise ValueError(
+                f"overlong_buffer: {self.overlong_buffer} and overlong_penalty {self.overlong_penalty} must be at "
+                f"least 0 and finite"
+            )
         if bool(self.overlong_buffer) != bool(self.overlong_penalty):
             raise ValueError(
                 f"overlong_buffer: {self.overlong_buffer} tokens and overlong_penalty {self.overlong_penalty:g} act "

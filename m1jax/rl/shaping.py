@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from m1jax.rl.loss import kl_terms
 from m1jax.types import Rollout
 
 ENDING_POLICIES = ("keep", "wrong", "filter")
-"""The verifier's reward stands; the response counts as wrong; or it leaves the batch."""
+"""The verifier's reward stands; it is 0, whatever the verifier says; or the response leaves the batch."""
 
 
 def by_ending(rewards_N: np.ndarray, endings_N: Sequence[str], policies: dict[str, str]) -> np.ndarray:
@@ -35,7 +34,7 @@ def kl_sums(
     lengths = [len(r.token_ids) for group in rollouts for r in group]
     behaviour = np.concatenate([r.rollout_logprobs for group in rollouts for r in group])
     held_to = np.concatenate([x for group in reference for x in group])
-    terms = np.asarray(kl_terms(jnp.asarray(behaviour), jnp.asarray(held_to), estimator))
+    terms = kl_terms(behaviour, held_to, estimator, np)
     sums = np.add.reduceat(terms.astype(np.float64), np.cumsum([0, *lengths[:-1]]))
     return sums.reshape(len(rollouts), -1)
 

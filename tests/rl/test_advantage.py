@@ -60,3 +60,13 @@ def test_groups_of_one_are_dead_and_not_nan():
 def test_reward_that_is_infinite_is_named():
     with pytest.raises(ValueError, match=r"rewards\[1, 0\] is inf"):
         group_advantages(np.array([[0.0, 1.0], [np.inf, 0.0]]))
+
+
+def test_groups_that_are_not_used_leave_the_batch_and_its_deviation():
+    rewards = np.array([[1.0, 0.0], [5.0, 0.0], [1.0, 0.0]])
+    used = np.array([True, False, True])
+    for scale in ("group_std", "batch_std"):
+        advantages, live = group_advantages(rewards, scale, used_P=used)
+        wanted, _ = group_advantages(rewards[used], scale)
+        np.testing.assert_array_equal(advantages[used], wanted)
+        assert live.tolist() == [[True, True], [False, False], [True, True]] and not advantages[1].any()

@@ -22,9 +22,9 @@ def collected(live: str, *, cursor=0, **rollout):
         asked.append((first, count))
         indices = range(first, first + count)
         rewards = np.array([[1.0, 0.0] if live[i] == "1" else [1.0, 1.0] for i in indices])
-        return Sampled(
-            list(indices), [[i, i] for i in indices], Scores(rewards, rewards, {"reward/format": first}), None
-        )
+        shaped = rewards - [[0.1, 0.3]]  # by a penalty of length, which differs in every group
+        scores = Scores(shaped, rewards, rewards, {"reward/format": first})
+        return Sampled(list(indices), [[i, i] for i in indices], scores, None)
 
     run = SimpleNamespace(config=config, cursor=cursor, step=0, sample=sample, log=said.append)
     return collect(run), asked, said
@@ -35,6 +35,7 @@ def test_without_dynamic_sampling_there_is_one_round_and_the_batch_shrinks():
     assert asked == [(0, 4)] and generation.consumed == 4 and not said
     assert generation.used.tolist() == [True, False, False, True]
     assert "sampling/acceptance" not in generation.metrics
+    assert generation.metrics["reward/zero_variance_share"] == 0.5
 
 
 def test_dead_groups_are_replaced_in_calls_that_the_engine_fills():

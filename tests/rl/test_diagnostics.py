@@ -61,11 +61,16 @@ def test_cosine_is_that_of_the_whole_gradient(size):
 
 
 def test_denominators_under_eps_are_counted_after_bias_correction():
-    """One update: v is (1 - b2) g^2, corrected g^2, so eps is the larger part where |g| < eps; v = 0 does not count."""
+    """One update: v is (1 - b2) g^2, corrected g^2, so eps is the larger part where |g| < eps.
+
+    An entry whose v underflows counts; one that had no gradient does not.
+    """
     config = OptimizerConfig(learning_rate=1e-3, eps=1e-8, max_grad_norm=1e9)
     optimizer = make_optimizer(config)
     params = {"w": jnp.zeros(5)}
-    _, opt_state = optimizer.update({"w": jnp.array([1e-9, -0.9e-8, 1.1e-8, 1.0, 0.0])}, optimizer.init(params), params)
+    _, opt_state = optimizer.update(
+        {"w": jnp.array([1e-21, -0.9e-8, 1.1e-8, 1.0, 0.0])}, optimizer.init(params), params
+    )
     state = TrainState(params, opt_state, jnp.ones((), jnp.int32), jax.random.key(0))
     np.testing.assert_allclose(eps_dominated_share(state, config), 2 / 4)
 

@@ -43,10 +43,10 @@ def distance(result, folder) -> float:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        # 70 training problems: 3 steps of 4 to 12 prompts end within the first epoch; of 8 problems, in the third.
+        # 70 training problems: 3 steps of 4 to 12 prompts end within the first epoch; of 8 problems, in a later one.
         ("mid_epoch", DYNAMIC),
         ("epoch_end", DYNAMIC | dict(problems__per_task=8)),
-        ("exact_epoch_end", dict(problems__per_task=8)),  # two steps of four prompts
+        ("two_epochs", dict(problems__per_task=8, steps=4)),  # two steps of four prompts are one
         ("kl_in_loss", KL | dict(loss__kl_in="loss")),
         ("kl_in_reward", KL | dict(loss__kl_in="reward", loss__kl_estimator="k1")),
     ],
@@ -69,7 +69,7 @@ def test_a_run_that_stops_after_every_step_is_the_run_that_did_not(folder, name,
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopSignal", StopAfterOne)
-        for _ in range(2):
+        for _ in range(whole.config["steps"] - 1):
             with pytest.raises(Interrupted):
                 run(folder, f"{name}_parts", **changes)
     assert_same_run(run(folder, f"{name}_parts", **changes).folder, whole.folder)
@@ -84,6 +84,16 @@ def test_dynamic_sampling_fills_the_batch(folder):
         live = round(row["sampling/acceptance"] * row["sampling/prompts_asked"])
         assert live + row["sampling/groups_short"] >= 4 and row["sampling/groups_short"] == max(4 - live, 0)
         assert row["reward/zero_variance_share"] == pytest.approx(1 - row["sampling/acceptance"])
+
+
+def test_a_batch_without_any_group_that_can_teach_is_a_step_like_others(folder):
+    """Three tokens hold no answer: at the bound there is nothing to learn from; the run says so, goes on and saves."""
+    said = []
+    result = run(folder, "nothing", said.append, sampling__max_tokens=3, reward__format_weight=0.0, steps=2, **DYNAMIC)
+    assert [row["train/updates_applied"] for row in result.metrics[1:]] == [0, 0]
+    assert [row["sampling/groups_short"] for row in result.metrics[1:]] == [4, 4]
+    assert sum("0 of 12 groups have variance" in line for line in said) == 2
+    assert distance(result, folder) == 0 and (result.folder / "checkpoints" / "00000002").is_dir()
 
 
 def test_the_kl_term_holds_the_policy_near_where_it_started(folder):
@@ -125,7 +135,9 @@ def unsure(answer: str, row) -> float | None:
 def test_responses_without_a_score_leave_their_groups_and_too_many_stop_the_run(folder):
     rows = runs.sums(folder).partition("@")[0]
     values = dict(tasks=f"{rows}@tests.rl.test_options:unsure", steps=1)
-    with pytest.raises(UserError, match=r"the verifiers gave \d+% of the responses no score .*max_unscored_share"):
+    with pytest.raises(
+        UserError, match=r"step 0: the verifiers gave \d+% of the answers no score .*max_unscored_share allows 10%"
+    ):
         run(folder, "too_many", **values)
     result = run(folder, "some", reward__max_unscored_share=1.0, **values).metrics[-1]
     assert 0 < result["reward/unscored"] < 1 and np.isfinite(result["reward/mean"])
@@ -159,8 +171,10 @@ def test_one_batch_is_asked_again_and_again_with_new_noise(folder):
     assert ids(first[1]) != ids(second[1])
 
 
-def test_nothing_is_compiled_after_the_first_steps(folder):
+@pytest.mark.parametrize("place", ["loss", "reward"])
+def test_nothing_is_compiled_after_the_first_steps(folder, place):
     """With everything on: a step of the run is the programs of the first one."""
-    result = run(folder, "compiles", steps=4, loss__kl_in="loss", rollout__save=True, **KL, **DYNAMIC)
+    more = dict(reward__overlong_buffer=4, reward__overlong_penalty=0.5, rollout__save=True)
+    result = run(folder, f"compiles_{place}", steps=4, loss__kl_in=place, **more, **KL, **DYNAMIC)
     compiles = [row["time/compiles"] for row in load_run(result.folder).metrics]
     assert compiles[1] > compiles[0] > 0 and compiles[2] == compiles[-1]

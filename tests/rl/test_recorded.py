@@ -48,7 +48,7 @@ def recorded(tmp_path):
 
 def test_what_an_engine_sampled_comes_back(recorded):
     run, prompts, rollouts = recorded
-    replay = ReplayEngine(run)
+    replay = ReplayEngine(run, 1)
     replay.set_weights(None, 7)
     same(replay.generate(prompts, 4, SAMPLING, 0), rollouts)
     assert [p.name for p in (run / "rollouts").iterdir()] == ["00000007-0000000000.npz"]
@@ -62,7 +62,7 @@ def test_heldout_rollouts_are_not_kept(tmp_path):
 
 def test_what_does_not_fit_is_refused(recorded, tmp_path):
     run, prompts, _ = recorded
-    replay = ReplayEngine(run)
+    replay = ReplayEngine(run, 1)
     with pytest.raises(UserError, match="no such rollouts"):
         replay.generate(prompts, 4, SAMPLING, 0)
     replay.set_weights(None, 7)
@@ -74,14 +74,23 @@ def test_what_does_not_fit_is_refused(recorded, tmp_path):
     with pytest.raises(UserError, match="config.sampling.max_tokens 7"):
         replay.generate(prompts, 4, Sampling(max_tokens=7), 0)
     with pytest.raises(UserError, match="holds no saved rollouts; train it with --config.rollout.save=true"):
-        ReplayEngine(tmp_path / "elsewhere")
+        ReplayEngine(tmp_path / "elsewhere", 1)
+    with pytest.raises(UserError, match="holds the rollouts of 1 steps, config.steps is 2; lower it"):
+        ReplayEngine(run, 2)
+    with pytest.raises(UserError, match="sampled at temperature 1, .*config.sampling.temperature is 0.5"):
+        replay.generate(prompts, 4, Sampling(max_tokens=8, temperature=0.5), 0)
 
 
 def test_a_damaged_file_is_named(recorded):
     run, prompts, rollouts = recorded
     path = file_name(run / "rollouts", 7, 0)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="00000007-0000000000.npz: damaged"):
-        load_rollouts(path)
-    save_rollouts(path, prompts, rollouts)
+    whole = path.read_bytes()
+    for damaged in (whole[:100], *(whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1 :] for i in range(0, 900, 30))):
+        path.write_bytes(damaged)
+        try:
+            load_rollouts(path)  # a byte that nothing reads, a date for example, does no harm
+        except UserError as error:
+            assert "00000007-0000000000.npz: damaged" in str(error)
+    save_rollouts(path, prompts, rollouts, 0.7)
+    assert load_rollouts(path)[2] == 0.7
     same(load_rollouts(path)[1], rollouts)

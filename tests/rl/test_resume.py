@@ -22,7 +22,9 @@ from m1jax.train.report import load_run
 from tests import runs
 
 ROOT = Path(__file__).parents[2]
-CONSTANT = ("reward/", "rollout/", "train/", "ratio/", "mismatch/", "gradient/", "heldout/")
+CONSTANT = (
+    "reward/", "rollout/", "sampling/", "train/", "ratio/", "rare/", "mismatch/", "gradient/", "optimizer/", "heldout/",
+)  # fmt: skip
 """Metrics that do not measure time."""
 
 

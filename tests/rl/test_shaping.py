@@ -15,7 +15,7 @@ def test_each_ending_has_its_policy():
     np.testing.assert_array_equal(by_ending(rewards, endings, {"length": "filter"}), [1.0, np.nan, 1.0, np.nan])
 
 
-def test_overlong_penalty_is_daposs_of_generated_tokens():
+def test_overlong_penalty_is_that_of_dapo():
     """DAPO's own numbers: window 20,480, buffer 4,096: nothing up to 16,384, half at 18,432, all of it at the end."""
     lengths = [0, 16_384, 17_408, 18_432, 20_480, 30_000]
     np.testing.assert_allclose(overlong(lengths, 20_480, 4_096), [0, 0, 0.25, 0.5, 1, 1])

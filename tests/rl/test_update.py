@@ -140,19 +140,21 @@ def test_engine_and_trainer_agree_on_every_logprob(temperature):
         assert jnp.abs(wrong_BT - flat(batch.rollout_logprobs))[live].max() > 1e-2
 
 
-@pytest.mark.parametrize(("anchor", "bound"), [("rollout", 1e-4), ("trainer", 1e-5)])
-def test_ratio_starts_at_one_and_moves(anchor, bound):
+@pytest.mark.parametrize(
+    ("anchor", "bound", "temperature"), [("rollout", 1e-4, 1.0), ("rollout", 1e-4, 0.6), ("trainer", 1e-5, 0.6)]
+)
+def test_ratio_starts_at_one_and_moves(anchor, bound, temperature):
     """Before update 1 |log r| is rounding; from update 2 on its mean is above 0. The anchor stays frozen."""
     model = small.config()
     params, prompts = small.params(model), small.prompts(8)
     engine = LocalEngine(model, prompt_tokens=4, rows=32, stop_ids=(1,), mesh=MESH)
     engine.set_weights(params, 0)
-    rollouts = engine.generate(prompts, 4, Sampling(max_tokens=8), seed=0)
+    rollouts = engine.generate(prompts, 4, Sampling(max_tokens=8, temperature=temperature), seed=0)
     if anchor == "trainer":  # an engine that is off by 0.5 must not matter
         rollouts = [[dataclasses.replace(r, rollout_logprobs=r.rollout_logprobs - 0.5) for r in g] for g in rollouts]
     optimizer = make_optimizer(ADAMW)
     loss = LossConfig(weight_cap=5.0, ratio_anchor=anchor)
-    update = make_update(model, loss, optimizer, MESH, temperature=1.0, passes=2)
+    update = make_update(model, loss, optimizer, MESH, temperature=temperature, passes=2)
     state = init_state(0, model, optimizer, MESH, params)
     _, metrics = update(state, small.batch(prompts, rollouts, updates=4, micro_rows=4))
     assert metrics["largest_abs_log_ratio"].shape == (8,)
