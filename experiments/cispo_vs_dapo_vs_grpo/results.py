@@ -173,8 +173,12 @@ def steps_to(accuracy: np.ndarray, threshold: float) -> float:
     return float(WINDOW - 2 + i + part)
 
 
-def ratios(runs: Sequence[LoggedRun], ours: str, theirs: str, task: str | None = None) -> list[dict[str, Any]]:
+def ratios(
+    runs: Sequence[LoggedRun], ours: str, theirs: str, task: str | None = None, share: float = 1.0
+) -> list[dict[str, Any]]:
     """By (task, seed): steps of `ours` and of `theirs` to the final score of `theirs`, and their ratio.
+
+    A `share` below 1 asks for that part of the way from its first evaluation to its final score.
 
     Where `ours` never gets there the ratio is infinite. `theirs` can miss its own final score too, since that is a mean
     of four evaluations and no mean of three need reach it. It then counts as all of its steps: it took more, so that
@@ -186,11 +190,12 @@ def ratios(runs: Sequence[LoggedRun], ours: str, theirs: str, task: str | None =
         one, other = by_cell.get((t, seed, ours)), by_cell.get((t, seed, theirs))
         if one is None or other is None:
             continue
-        steps, reference = steps_to(one.accuracy, other.final), steps_to(other.accuracy, other.final)
+        threshold = other.accuracy[0] + share * (other.final - other.accuracy[0]) if share < 1 else other.final
+        steps, reference = steps_to(one.accuracy, threshold), steps_to(other.accuracy, threshold)
         every = len(other.accuracy) - 1
         pairs.append(
             {
-                "task": t, "seed": seed, "threshold": other.final, "ours": steps, "theirs": reference,
+                "task": t, "seed": seed, "threshold": threshold, "ours": steps, "theirs": reference,
                 "ratio": steps / min(reference, every), "ratio_to_all": steps / every,
             }
         )  # fmt: skip

@@ -37,6 +37,7 @@ from experiments.cispo_vs_dapo_vs_grpo.results import (
 )
 from m1jax.errors import UserError
 
+SHARES_OF_GAIN = (0.25, 0.5, 0.75, 0.9)
 FIGURE = Path(__file__).parent / "results.png"
 NAMES = [a.upper() for a in ALGORITHMS]
 
@@ -130,6 +131,7 @@ def page(folder: Path) -> str:
         ("Final score, paired difference", differences_table(runs)),
         ("Steps to DAPO's final score, as a ratio to DAPO's", ratio_table(runs)),
         ("The same, pair by pair", pairs_table(runs)),
+        ("Not in the protocol: the ratio of steps to a part of DAPO's gain", shares_table(runs)),
         (
             "Tokens that a bound acts on (shares of all tokens, or of those of a probability p)",
             measures_table(runs, SHARES),
@@ -202,6 +204,17 @@ def ratio_table(runs: Sequence[LoggedRun]) -> str:
                 )
     head = ["", "task", "pairs", "median ratio", "censored", "DAPO never there", "median ratio to all of DAPO's steps"]
     return markdown(head, rows) + "\n\n" + verdict
+
+
+def shares_table(runs: Sequence[LoggedRun]) -> str:
+    """The ratio at a part of DAPO's gain, where fewer runs are censored. Not in the protocol."""
+    rows = []
+    for ours in ("cispo", "grpo"):
+        for task in [*tasks_of(runs), None]:
+            by_share = [[p["ratio"] for p in ratios(runs, ours, "dapo", task, share)] for share in SHARES_OF_GAIN]
+            cells = [interval(median_with_interval(values)) for values in by_share]
+            rows.append([f"{ours.upper()} / DAPO", "all" if task is None else task, *cells])
+    return markdown(["", "task", *(f"{share:.0%} of DAPO's gain" for share in SHARES_OF_GAIN)], rows)
 
 
 def pairs_table(runs: Sequence[LoggedRun]) -> str:

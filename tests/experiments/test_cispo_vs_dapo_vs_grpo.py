@@ -93,6 +93,16 @@ def test_final_score_is_the_mean_of_the_last_four():
     assert made(accuracy=[1, 1, 1, 0.1, 0.2, 0.3, 0.6]).final == pytest.approx(0.3)
 
 
+def test_ratio_at_a_part_of_the_gain():
+    """From 0.1 to the final 0.5, half of the gain is 0.3: trailing means of 3 pass it at 3.5 and, one later, at 4.5."""
+    theirs = [0.1, 0.1, 0.1, 0.2, 0.4, 0.5, 0.5, 0.5, 0.5]
+    runs = [made(algorithm="dapo", accuracy=theirs), made(algorithm="cispo", accuracy=[0.1, *theirs[:-1]])]
+    (pair,) = results.ratios(runs, "cispo", "dapo", share=0.5)
+    assert pair["threshold"] == pytest.approx(0.3)
+    # Means up to step 4: (0.1 + 0.2 + 0.4) / 3 = 0.2333; up to step 5: 1.1 / 3 = 0.3667: half-way between.
+    assert (pair["theirs"], pair["ours"]) == pytest.approx((4.5, 5.5)) and pair["ratio"] == pytest.approx(5.5 / 4.5)
+
+
 def test_ratios_pair_task_and_seed():
     late = [0, *DAPO[:-1]]  # one step later, and its final score is 0.3 as well
     runs = [
