@@ -102,7 +102,7 @@ class RewardConfig:
         if bool(self.overlong_buffer) != bool(self.overlong_penalty):
             raise ValueError(
                 f"overlong_buffer: {self.overlong_buffer} tokens and overlong_penalty {self.overlong_penalty:g} act "
-                f"together; set both (DAPO: a fifth of the window, and half of what parts a right answer from a wrong one) or neither"
+                f"together; set both (DAPO: a fifth of the window, and half of what a right answer earns) or neither"
             )
         if not 0 <= self.max_unscored_share <= 1:
             raise ValueError(f"max_unscored_share: {self.max_unscored_share} must be from 0 to 1")
