@@ -6,15 +6,14 @@ ratios(runs, "cispo", "dapo")
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from m1jax.errors import UserError
+from m1jax.train.logged import Logged, read_logged
 
 RESULTS = Path(__file__).parent / "results"
 ALGORITHMS = ("cispo", "dapo", "grpo")
@@ -43,17 +42,8 @@ REDUCE: Mapping[str, Callable[[np.ndarray], float]] = {
 """Ways to make one number of a metric over a run's steps. "last" is the last four, as for the final score."""
 
 
-@dataclass(frozen=True)
-class LoggedRun:
-    """One run: `about` it, and its rows of metrics."""
-
-    about: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
-
-    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of a metric, where it was recorded."""
-        points = [(row["step"], row[name]) for row in self.rows if name in row]
-        return np.array([s for s, _ in points]), np.array([v for _, v in points], float)
+class LoggedRun(Logged):
+    """One run of the study."""
 
     def reduced(self, name: str, how: str) -> float:
         """One number of a metric over the steps, by REDUCE; NaN where it was never recorded."""
@@ -89,7 +79,7 @@ def load(folder: Path) -> list[LoggedRun]:
     runs = []
     for path in sorted(folder.glob("*.jsonl")):
         try:
-            about, *rows = [json.loads(line) for line in path.read_text().splitlines()]
+            about, rows = read_logged(path)
             run = LoggedRun(about, rows)
             name, steps = f"heldout/{about['task']}/mean", int(about["config"]["steps"])
             complete = [row["step"] for row in rows if name in row] == list(range(steps + 1)) and len(rows) == steps + 1

@@ -36,6 +36,7 @@ from m1jax.config import build, changed_keys, to_dict
 from m1jax.errors import UserError
 from m1jax.rl.settings import RLConfig
 from m1jax.train import report
+from m1jax.train.logged import read_logged, write_logged
 
 TASKS = {"count_bits": BITS, "basic_arithmetic": SUMS}
 RATES = (1e-4, 2e-4, 4e-4)
@@ -165,7 +166,7 @@ def refuse_other_config(job: Job, result: Path, base: Path, smoke: bool) -> None
     """Raise UserError where a result is there that was made with other settings than the job's."""
     if result.exists():
         wanted = to_dict(build(RLConfig, cli.parse(job.command(base, base, smoke)[3:], train_rl.add_flags).config))
-        there = json.loads(result.read_text().partition("\n")[0])["config"]
+        there = read_logged(result)[0]["config"]
         changed = changed_keys(there, json.loads(json.dumps(wanted)))
         if odd := [change for change in changed if change[0] != "init_from"]:
             key, old, new = odd[0]
@@ -198,18 +199,14 @@ def start(command: list[str], log: Path, core: int | None) -> subprocess.Popen:
 
 
 def keep(job: Job, folder: Path, cpu_seconds: float, path: Path) -> None:
-    """Write a finished run's result, whole or not at all."""
+    """Write the result of a finished run."""
     run = report.load_run(folder)
     about = asdict(job) | {"cpu_seconds": round(cpu_seconds, 1), "config": run.config}
     rows = [
-        {"step": row["step"]}
-        | {k: float(f"{v:.5g}") for k, v in row.items() if k.startswith(KEPT) and "log10" not in k and v is not None}
+        {"step": row["step"]} | {k: v for k, v in row.items() if k.startswith(KEPT) and "log10" not in k}
         for row in run.metrics
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_suffix(".new")
-    staging.write_text("".join(json.dumps(line) + "\n" for line in [about, *rows]))
-    staging.replace(path)
+    write_logged(path, about, rows)
 
 
 if __name__ == "__main__":

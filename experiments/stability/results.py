@@ -6,28 +6,18 @@ results["head_large_logits_bfloat16"][seed].curve("reward/mean")
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from m1jax.train.logged import Logged, read_logged
 
 RESULTS = Path(__file__).parent / "results"
 
 
-@dataclass(frozen=True)
-class LoggedRun:
-    """One run: `about` it, and its rows of metrics."""
-
-    about: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
-
-    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of a metric, where it was recorded."""
-        points = [(row["step"], row[name]) for row in self.rows if name in row]
-        return np.array([s for s, _ in points]), np.array([v for _, v in points], float)
+class LoggedRun(Logged):
+    """One run of the study."""
 
     def mean(self, name: str) -> float:
         """Over the steps."""
@@ -44,14 +34,14 @@ def load(folder: Path) -> dict[str, list[LoggedRun]]:
     """All runs by name, those of one name by seed."""
     runs: dict[str, list[LoggedRun]] = {}
     for path in sorted(folder.glob("*_seed*.jsonl")):
-        about, *rows = map(json.loads, path.read_text().splitlines())
+        about, rows = read_logged(path)
         runs.setdefault(f"{about['study']}_{about['name']}", []).append(LoggedRun(about, rows))
     return runs
 
 
 def load_sweep(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """By dtype of the head, arrays over the sizes of the common logit."""
-    rows = [json.loads(line) for line in (folder / "sweep.jsonl").read_text().splitlines()]
+    _, rows = read_logged(folder / "sweep.jsonl")
     heads = dict.fromkeys(row["head"] for row in rows)
     return {h: {k: np.array([r[k] for r in rows if r["head"] == h]) for k in rows[0] if k != "head"} for h in heads}
 

@@ -2,7 +2,8 @@
 
     python -m experiments.stability.run [--workdir=runs/stability] [--smoke]
 
-Each run is one command as a reader would type it and leaves one file of `results/` (with --smoke, of WORKDIR/results):
+Each run is one command as a reader would type it and leaves one file of `results/` (with --smoke, of WORKDIR/results,
+where WORKDIR is runs/stability_smoke if not given):
 a line about the run, then a line of metrics a step. A file that is there is not run again, so the command goes on where
 it was stopped. `python -m experiments.stability.draw` makes figure and tables of the files.
 """
@@ -11,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,10 @@ from tqdm import tqdm
 from experiments import cli
 from experiments.stability.results import RESULTS
 from m1jax.config import build
+from m1jax.errors import UserError
 from m1jax.rl.settings import RLConfig
 from m1jax.train import report
+from m1jax.train.logged import write_logged
 
 CONFIG, BASE_CONFIG = "configs/zero_rl_tiny_cpu.py", "configs/base_tiny_cpu.py"
 SEEDS = {"head": (0,), "adam": (0,)}
@@ -95,10 +96,10 @@ SIZE_OF_RUN = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", default="runs/stability")
+    parser.add_argument("--workdir", default="")
     parser.add_argument("--smoke", action="store_true", help="two steps of small batches, one seed; into the workdir")
     arguments = parser.parse_args()
-    workdir = Path(arguments.workdir)
+    workdir = Path(arguments.workdir or "runs/stability" + "_smoke" * arguments.smoke)
     results = workdir / "results" if arguments.smoke else RESULTS
     command = " ".join(["python", "-m", "experiments.stability.run", *sys.argv[1:]])
     raise SystemExit(cli.guard(lambda: study(workdir, results, arguments.smoke), command))
@@ -128,7 +129,9 @@ def study(workdir: Path, results: Path, smoke: bool) -> None:
     with tqdm(todo, total=len(wanted), initial=len(wanted) - len(todo), unit="run") as bar:
         for job in bar:
             bar.set_postfix_str(job.file)
-            subprocess.run(job.command(workdir, smoke), check=True, stdout=subprocess.DEVNULL)
+            ended = subprocess.run(job.command(workdir, smoke), stdout=subprocess.DEVNULL)
+            if ended.returncode:
+                raise UserError(f"{job.file}: its run ended with code {ended.returncode}, see above")
             keep(job, report.load_run(workdir / job.file.removesuffix(".jsonl")), results / job.file)
 
 
@@ -154,7 +157,7 @@ def make_sweep(workdir: Path, path: Path, smoke: bool) -> None:
     rows = [
         row for head in ("float32", "bfloat16") for row in common_logit.sweep(params, direction_D, config, SIZES, head)
     ]
-    write_lines(path, rows)
+    write_logged(path, {"sizes": SIZES}, rows)
 
 
 def sweep_config(smoke: bool) -> RLConfig:
@@ -169,20 +172,11 @@ def sweep_config(smoke: bool) -> RLConfig:
 def keep(job: Job, run: report.RunResult, path: Path) -> None:
     """Write a finished run's result. The histogram of gradients is kept of the first step only."""
     rows = [
-        {"step": row["step"]}
-        | {k: v for k, v in row.items() if k.startswith(KEPT) and v is not None and ("log10" not in k or i == 1)}
+        {"step": row["step"]} | {k: v for k, v in row.items() if k.startswith(KEPT) and ("log10" not in k or i == 1)}
         for i, row in enumerate(run.metrics)
     ]
     config = run.config | {"init_from": job.start}  # not where it lay on this machine
-    write_lines(path, [asdict(job) | {"config": config}, *rows])
-
-
-def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One object a line, five digits; whole or not at all."""
-    short = lambda v: float(f"{v:.5g}") if isinstance(v, float) else v  # noqa: E731
-    staging = path.with_suffix(".new")
-    staging.write_text("".join(json.dumps({k: short(v) for k, v in row.items()}) + "\n" for row in rows))
-    staging.replace(path)
+    write_logged(path, asdict(job) | {"config": config}, rows)
 
 
 if __name__ == "__main__":

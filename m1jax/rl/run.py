@@ -393,6 +393,9 @@ def open_run(
     if params is None and config.init_from and not steps(folder / "checkpoints"):
         params, meta = init_params(config.init_from, config.model, replicated(mesh), log)
         check_heldout(config, meta)
+    heldout = questions.heldout
+    if config.rollout.replay:
+        engine, heldout = ReplayEngine(config.rollout.replay, config.steps), []  # what others sampled tests nothing
     optimizer = make_optimizer(config.optimizer)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
@@ -420,11 +423,7 @@ def open_run(
         )
         stack.callback(sinks.close)
         scorer = stack.enter_context(open_scorer(config, questions))
-        if config.rollout.replay:
-            # What other weights sampled tests nothing: no held-out prompts.
-            engine, heldout = ReplayEngine(config.rollout.replay, config.steps), []
-        else:
-            engine, heldout = engine or local_engine(config, questions, mesh), questions.heldout
+        engine = engine or local_engine(config, questions, mesh)
         if config.rollout.save:
             engine = RecordingEngine(engine, folder / ROLLOUTS)
         engine.set_weights(state.params, step)

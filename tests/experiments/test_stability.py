@@ -1,6 +1,5 @@
 """The study of stability: its bfloat16 head rounds, its large logits change nothing else, its numbers are logged."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from experiments.stability.results import RESULTS, LoggedRun, histogram, load, l
 from m1jax.model import logprobs, transformer
 from m1jax.model.observe import logits
 from m1jax.rl import engine_local
+from m1jax.train.logged import read_logged
 from m1jax.types import Problem, Prompt, Rollout
 
 RNG = np.random.default_rng(0)
@@ -122,7 +122,7 @@ def test_smoke(tmp_path, monkeypatch):
     logged = load(tmp_path / "results")
     assert sorted(logged) == sorted(names)
     assert all(found[0].curve("rollout/entropy")[1].size == 2 for found in logged.values())
-    rows = [json.loads(line) for line in (tmp_path / "results" / "sweep.jsonl").read_text().splitlines()]
+    rows = read_logged(tmp_path / "results" / "sweep.jsonl")[1]
     gaps = {(row["head"], row["size"]): row["mean_gap"] for row in rows}
     assert gaps["bfloat16", 192] > 10 * gaps["float32", 192]
     assert logged["adam_tiny_gradients_paper"][0].about["config"]["optimizer"]["max_grad_norm"] == 1e-11

@@ -155,7 +155,7 @@ def test_values_of_a_batch_come_back_by_response(row_tokens):
     for group, wanted in zip(found, reference, strict=True):
         for x, y in zip(group, wanted, strict=True):
             np.testing.assert_array_equal(x, y.astype(np.float32))
-    assert (batch.reference_logprobs[batch.weights == 0] == 0).all()
+    assert batch.reference_logprobs is not None and (batch.reference_logprobs[batch.weights == 0] == 0).all()
     assert make_batch(prompts, rollouts, live, live, shape, "constant", 20).reference_logprobs is None
 
 

@@ -39,10 +39,11 @@ def recorded(tmp_path):
     prompts = small.prompts()
     rollouts = small.rollouts(prompts)
     rollouts[1][2] = dataclasses.replace(rollouts[1][2], ending="repetition", weight_version=7)
-    engine = RecordingEngine(Canned(rollouts), tmp_path / "rollouts")
+    canned = Canned(rollouts)
+    engine = RecordingEngine(canned, tmp_path / "rollouts")
     engine.set_weights("weights", 7)
     same(engine.generate(prompts, 4, SAMPLING, 0), rollouts)
-    assert engine.engine.params == "weights"
+    assert canned.params == "weights"
     return tmp_path, prompts, rollouts
 
 
