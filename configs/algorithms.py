@@ -18,6 +18,15 @@ def cispo() -> dict:
     )
 
 
+def cispo_long() -> dict:
+    """CISPO as MiniMax-M1 mends collapse late in long windows: sample-level loss with token-level normalisation.
+
+    The paper gives no formula; `m1jax/rl/batch.py` has our reading. It also lowers the cap and the gradient clip, by how
+    much it does not say.
+    """
+    return cispo() | dict(aggregation="sample_and_token")
+
+
 def scalerl() -> dict:
     """ScaleRL, arXiv 2510.13786: CISPO, averaged by prompt, advantages over the deviation of the batch."""
     return dict(

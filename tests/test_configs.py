@@ -69,13 +69,16 @@ ALGORITHMS = [name for name, make in vars(algorithms).items() if inspect.isfunct
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_an_algorithm_is_one_override(name):
     """The block takes the place of the section, a value after it, or before it, that of the block's."""
-    words = ["--config=configs/rl_tiny_cpu.py", "--workdir=x", "--config.loss.std=sample", f"--config.loss={name}"]
+    word = "--config.loss.ratio_anchor=trainer"
+    words = ["--config=configs/rl_tiny_cpu.py", "--workdir=x", word, f"--config.loss={name}"]
     built_loss = build(RLConfig, cli.parse(words).config).loss
-    assert built_loss == build(LossConfig, getattr(algorithms, name)() | {"std": "sample"})
+    assert built_loss == build(LossConfig, getattr(algorithms, name)() | {"ratio_anchor": "trainer"})
 
 
 def test_no_such_algorithm():
-    with pytest.raises(UserError, match="config.loss: 'ppo' is not in configs/algorithms.py; it has cispo, dapo, dr_"):
+    with pytest.raises(
+        UserError, match="config.loss: 'ppo' is not in configs/algorithms.py; it has cispo, cispo_long, dapo, dr_"
+    ):
         cli.parse(["--config=configs/rl_tiny_cpu.py", "--workdir=x", "--config.loss=ppo"])
 
 
