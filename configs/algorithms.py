@@ -21,8 +21,8 @@ def cispo() -> dict:
 def cispo_long() -> dict:
     """CISPO as MiniMax-M1 mends collapse late in long windows: sample-level loss with token-level normalisation.
 
-    The paper gives no formula; `m1jax/rl/batch.py` has our reading. It also lowers the cap and the gradient clip, by how
-    much it does not say.
+    The paper gives no formula; `m1jax/rl/batch.py` has our reading. It also lowers the cap and the gradient clip, it
+    does not say by how much.
     """
     return cispo() | dict(aggregation="sample_and_token")
 
