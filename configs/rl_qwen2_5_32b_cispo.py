@@ -23,12 +23,11 @@ published rows wrap the question in an instruction of their own and repeat it a 
     with open("dapo_math_17k.jsonl", "w") as file:
         file.writelines(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in pairs.items())
 
-While it trains, a part of these problems is held out. AIME 2024, in the same form, is asked afterwards, of an export:
-it carries no share of held-out problems that would have to agree. For the mean of 32 answers, seeds 0 to 31:
+The test, `aime_2024.jsonl`, has the same form and 30 problems. For the mean of 32 answers that is reported, ask an
+export with seeds 0 to 31:
 
     python -m experiments.convert_weights --from=runs/qwen2_5_32b_cispo --to=exported
-    python -m experiments.evaluate --model=exported --config=configs/rl_qwen2_5_32b_cispo.py --config.seed=0 \
-        --config.tasks=aime_2024.jsonl --config.problems.heldout_share=0.999999 --config.evaluation.problems=30
+    python -m experiments.evaluate --model=exported --config=configs/rl_qwen2_5_32b_cispo.py --config.seed=0
 """
 
 from ml_collections import ConfigDict
@@ -68,8 +67,8 @@ def figure_2(argument: str, loss: dict, rollout: dict, reward: dict) -> ConfigDi
                 system_prompt="Solve the problem below. Think first, between <think> and </think>. Then give the final "
                 "answer alone, between <answer> and </answer>.",
             ),
-            # Our choice: 1% of the problems, some 170, and room for all but the longest questions.
-            problems=dict(per_task=100_000, heldout_share=0.01, max_prompt_tokens=2048),
+            # Nothing is held out, for AIME is the test. Room for all but the longest questions: our choice.
+            problems=dict(per_task=100_000, heldout_share=0.0, max_prompt_tokens=2048),
             rollout=dict(prompts=512, responses=16, engine_rows=512) | rollout,  # DAPO; engine_rows is our choice
             sampling=dict(max_tokens=20_480, temperature=1.0),  # DAPO
             reward=dict(format_weight=0.0, workers=16) | reward,  # zero-RL: the right answer and nothing else
@@ -85,8 +84,13 @@ def figure_2(argument: str, loss: dict, rollout: dict, reward: dict) -> ConfigDi
                 weight_decay=0.0,  # our choice
                 max_grad_norm=1.0,  # our choice
             ),
-            # DAPO samples AIME at temperature 1 with top-p 0.7. How often and how many: our choice.
-            evaluation=dict(every=10, problems=128, sampling=dict(max_tokens=20_480, temperature=1.0, top_p=0.7)),
+            # DAPO samples AIME at temperature 1 with top-p 0.7. How often: our choice.
+            evaluation=dict(
+                every=10,
+                tasks="aime_2024.jsonl",
+                problems=30,
+                sampling=dict(max_tokens=20_480, temperature=1.0, top_p=0.7),
+            ),
             checkpoint=dict(every=10, keep=2),  # our choice
         )
     )
@@ -118,7 +122,7 @@ def shrink(config: ConfigDict) -> None:
             sampling=dict(max_tokens=16),
             reward=dict(workers=2),
             update=dict(updates_per_batch=2, micro_batch_rows=4),
-            evaluation=dict(every=1, problems=8, sampling=dict(max_tokens=16)),
+            evaluation=dict(every=1, tasks="", problems=8, sampling=dict(max_tokens=16)),
             checkpoint=dict(every=1),
         )
     )

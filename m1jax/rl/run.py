@@ -57,13 +57,15 @@ class Questions:
     Attributes:
         tokenizer: of prompts and responses.
         tokenize: question to prompt ids, by the config's template.
-        tasks: in the order of the config.
+        tasks: what is trained on, in the order of the config.
+        evaluated: what is evaluated on: the same tasks, or those of `evaluation.tasks`.
         heldout: held-out prompts, task by task.
     """
 
     tokenizer: Any
     tokenize: Tokenize
     tasks: list[Task]
+    evaluated: list[Task]
     heldout: list[Prompt]
 
 
@@ -297,7 +299,7 @@ def check_heldout(config: RLConfig, meta: Mapping[str, Any]) -> None:
     share = config.problems.heldout_share
     # A checkpoint of another making has no config, or one without problems: nothing is known of its questions.
     before = meta.get("config", {}).get("problems", {}).get("heldout_share", share)
-    if share > before:
+    if share > before and not config.evaluation.tasks:
         raise UserError(
             f"config.problems.heldout_share: {share:g} holds out questions that {config.init_from} was trained on "
             f"(it held out {before:g}); choose at most {before:g}"
@@ -316,16 +318,25 @@ def open_questions(config: RLConfig) -> Questions:
         render, template=config.tokenizer.chat_template, system=config.tokenizer.system_prompt, tokenizer=tokenizer
     )
     tasks = parse_tasks(config.tasks)
-    unseen = [p for t in tasks for p in heldout(t, config.evaluation.problems, config.problems.heldout_share)]
-    return Questions(tokenizer, tokenize, tasks, heldout_prompts(unseen, tokenize, config.problems.max_prompt_tokens))
+    asked, share = tasks, config.problems.heldout_share
+    if config.evaluation.tasks:
+        asked, share = parse_tasks(config.evaluation.tasks), 1.0
+        if both := {task.name for task in tasks} & {task.name for task in asked}:
+            raise UserError(
+                f"config.evaluation.tasks: {min(both)} is trained on, by config.tasks; give it another name, or leave "
+                f"it out for the held-out share of that task"
+            )
+    unseen = [p for t in asked for p in heldout(t, config.evaluation.problems, share)]
+    prompts = heldout_prompts(unseen, tokenize, config.problems.max_prompt_tokens)
+    return Questions(tokenizer, tokenize, tasks, asked, prompts)
 
 
 @contextmanager
 def open_scorer(config: RLConfig, questions: Questions) -> Iterator[Scorer]:
     """The reward stage of a run; its worker processes start now and end with the context."""
     with Grader(config.reward.workers, config.reward.cpu_seconds) as grader:
-        grader.warm_up([task.verifier for task in questions.tasks])
-        tasks = {task.name: task for task in questions.tasks}
+        tasks = {task.name: task for task in (*questions.tasks, *questions.evaluated)}
+        grader.warm_up(sorted({task.verifier for task in tasks.values()}))
         yield Scorer(questions.tokenizer, tasks, grader, config.reward, config.sampling.max_tokens)
 
 

@@ -119,12 +119,16 @@ class EvaluationConfig:
     Attributes:
         every: generation batches between evaluations; there is always one before the first and one after the last.
         problems: held-out problems of each task, each answered once.
+        tasks: task specs to evaluate on instead, a benchmark file for example: the first `problems` distinct ones of
+            each. That nothing of them is trained on is then yours to see to; "" takes the held-out share of the
+            training tasks.
         sampling: its own, since it may truncate where training may not.
     """
 
     every: int
     problems: int
     sampling: Sampling
+    tasks: str = ""
 
     def __post_init__(self):
         for name in ("every", "problems"):

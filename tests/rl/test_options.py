@@ -159,6 +159,21 @@ def test_saved_rollouts_repeat_the_run_without_an_engine_and_take_another_loss(f
         run(folder, "mistaken", rollout__replay=str(saved.folder), seed=1)
 
 
+def test_a_benchmark_of_its_own_is_evaluated_whole(folder):
+    """Rows that are in no training task, scored by their own verifier; no share of the training task is held out."""
+    rows = [{"prompt": f"{a}+{a}=", "answer": 7} for a in range(5)]
+    (folder / "doubles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = dict(problems__heldout_share=0.0, evaluation__problems=5, steps=1)
+    result = run(folder, "benchmark", evaluation__tasks=f"{folder / 'doubles.jsonl'}@tests.runs:parity", **values)
+    assert list(result.summary["heldout"]) == ["doubles"] and result.summary["heldout"]["doubles"]["after"]["n"] == 5
+    assert "reward/accuracy/sums" in result.metrics[-1] and "heldout/doubles/mean" in result.metrics[-1]
+    with pytest.raises(UserError, match="config.evaluation.tasks: sums is trained on, by config.tasks"):
+        run(folder, "same", evaluation__tasks=runs.sums(folder), **values)
+    with pytest.raises(UserError, match="task doubles: 5 distinct heldout problems, 6 asked for"):
+        changes = values | dict(evaluation__problems=6)
+        run(folder, "few", evaluation__tasks=f"{folder / 'doubles.jsonl'}@tests.runs:parity", **changes)
+
+
 def test_one_batch_is_asked_again_and_again_with_new_noise(folder):
     result = run(folder, "one_batch", rollout__overfit_one_batch=True, rollout__save=True, steps=2)
     from m1jax.rl.recorded import load_rollouts
