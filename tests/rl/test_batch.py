@@ -96,6 +96,17 @@ def test_every_update_is_normalised_by_its_own_tokens():
     assert np.unique(batch.weights[1][batch.weights[1] > 0]).tolist() == [np.float32(1 / 12)]
 
 
+def test_a_stop_token_that_is_the_padding_token_too_is_an_action_like_others():
+    """Lengths say what is a response, never ids: here the last token of every response is id 0, as padding is."""
+    prompts = [prompt(0), prompt(1)]
+    ids = np.array([5, 6, 0], np.int32)
+    rollouts = [[Rollout(p, r, ids, np.full(3, -1.0, np.float32), "stop", 0) for r in range(2)] for p in range(2)]
+    shape = BatchShape.of(UpdateConfig(updates_per_batch=1, micro_batch_rows=4), 2, 2, 10)
+    live = np.ones((2, 2), bool)
+    batch = make_batch(prompts, rollouts, live, live, shape, "update_tokens", 5)
+    assert (batch.weights > 0).sum() == 12 and ((batch.tokens == 0) & (batch.weights > 0)).sum() == 4
+
+
 def test_groups_without_variance_leave_the_batch_and_its_counts():
     batch = batch_of([[1, 3], [2, 4]], live=[False, True])
     assert set(np.unique(batch.weights).tolist()) == {0.0, np.float32(1 / 6)}
