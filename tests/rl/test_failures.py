@@ -59,7 +59,9 @@ def sft_file(tmp_path) -> Path:
 def said(capfd, main, config: Path | str, *words: str) -> str:
     """The line of an entry point that ended with code 2; the run folder is not claimed by a run that cannot be."""
     workdir = Path(str(config).partition(":")[0]).parent / "run"
-    code = cli.guard(lambda: main(cli.parse([f"--config={config}", f"--workdir={workdir}", *words])))
+    code = cli.guard(
+        lambda: main(cli.parse([f"--config={config}", f"--workdir={workdir}", *words], train_rl.add_flags))
+    )
     line = capfd.readouterr().err
     assert code == 2 and line.startswith("error: ") and line.count("\n") == 1, (code, line)
     assert not (workdir / "config.json").exists(), "the mended config would be refused as a changed one"
