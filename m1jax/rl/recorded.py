@@ -3,8 +3,8 @@
     rollouts/00000003-0000000192.npz     sampled with the weights after step 3, from prompt 192 on
 
 One file holds one call: its temperature, and for each of N rollouts its prompt's index and ids, sample number, ids,
-log-probabilities and ending. A replay needs no sampler: it repeats the updates of a run exactly, or tries another loss on the same rollouts
-(whose ratios stay right, for they are taken against the log-probabilities on file).
+log-probabilities and ending. A replay needs no sampler: it repeats the updates of a run exactly, or tries another loss
+on the same rollouts (whose ratios stay right, for they are taken against the log-probabilities on file).
 """
 
 from __future__ import annotations
