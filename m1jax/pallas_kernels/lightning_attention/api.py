@@ -1,14 +1,62 @@
 """The public functions of lightning attention: they check shapes and choose an implementation, nothing else."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from m1jax.pallas_kernels.lightning_attention import reference, xla
+from m1jax.pallas_kernels import compat
+from m1jax.pallas_kernels.lightning_attention import mosaic_gpu, mosaic_tpu, reference, xla
+
+
+class Implementation(NamedTuple):
+    """One way to compute it: over whole rows, and one token further."""
+
+    lightning_attention: Callable
+    decode: Callable
+
 
 IMPLEMENTATIONS = {
-    "reference": reference.lightning_attention,
-    "xla": xla.lightning_attention,
+    "reference": Implementation(reference.lightning_attention, xla.decode),
+    "xla": Implementation(xla.lightning_attention, xla.decode),
+    "mosaic_tpu": Implementation(mosaic_tpu.lightning_attention, mosaic_tpu.decode),
+    "mosaic_gpu": Implementation(mosaic_gpu.lightning_attention, mosaic_gpu.decode),
 }
+"""`reference` is the recurrence as it is written, `xla` plain JAX in chunks, the others kernels for one device."""
+
+LARGEST_HEAD = 128
+"""Of the kernels: a state of 128 x 128 is what a GPU's registers hold."""
+
+
+def choose(implementation: str | None, dtype: jnp.dtype, head_dim: int) -> str:
+    """Return the implementation to use: the named one, or for None the best one of what programs are made for.
+
+    Raises:
+        ValueError: the named one does not exist or cannot run here; another is never taken in its place.
+    """
+    if implementation is None:
+        kernel = f"mosaic_{compat.platform()}"
+        return kernel if kernel in IMPLEMENTATIONS and not _why_not(kernel, dtype, head_dim) else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"lightning attention has no implementation {implementation!r}; available: {sorted(IMPLEMENTATIONS)}"
+        )
+    if reason := _why_not(implementation, dtype, head_dim):
+        raise ValueError(f"lightning attention by {implementation!r} cannot run here: {reason}; choose 'xla'")
+    return implementation
+
+
+def _why_not(implementation: str, dtype: jnp.dtype, head_dim: int) -> str | None:
+    """Return why an implementation cannot do this, or None."""
+    if not implementation.startswith("mosaic"):
+        return None
+    allowed = {"mosaic_tpu": ("bfloat16", "float32"), "mosaic_gpu": ("bfloat16",)}[implementation]
+    if jnp.dtype(dtype).name not in allowed:
+        return f"its matrix units multiply {' and '.join(allowed)}, and q is {jnp.dtype(dtype).name}"
+    if head_dim > LARGEST_HEAD:
+        return f"it takes heads up to {LARGEST_HEAD} wide, and q has {head_dim}"
+    return compat.why_not(implementation)
 
 
 def lightning_attention(
@@ -41,15 +89,16 @@ def lightning_attention(
             None: every token is live and each row is one segment.
         initial_state_BNHH: [B, N, H (keys), H (values)], the state that the first live segment of each row starts
             from. None: zero.
-        chunk: tokens computed at once; it sets speed and memory, not the result.
-        implementation: a key of `IMPLEMENTATIONS`, or None for the best one on this backend.
+        chunk: tokens that `xla` computes at once; it sets speed and memory, not the result. Kernels have their own.
+        implementation: a key of `IMPLEMENTATIONS`, or None for the best one on this backend. The kernels sum in
+            float32 and keep float32 states; bfloat16 inputs they multiply as bfloat16.
 
     Returns:
         o_BTNH in the dtype of q, and the final state [B, N, H, H] in float32 (float64): that of the row's last
         live segment, or the initial state where a row has no live token.
 
     Raises:
-        ValueError: shapes disagree, `chunk` is not positive, or there is no such implementation.
+        ValueError: shapes disagree, `chunk` is not positive, or the implementation does not exist or cannot run here.
     """
     if q_BTNH.ndim != 4 or q_BTNH.shape[1] == 0:
         raise ValueError(f"q must be [B, T, N, H] with T > 0, found {q_BTNH.shape}")
@@ -63,15 +112,9 @@ def lightning_attention(
         _check_shape("initial_state", initial_state_BNHH, (B, N, H, H))
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, but a chunk holds at least one token")
-    if implementation is None:
-        implementation = "xla"  # the best one on every backend, until a backend has its own kernel
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"lightning attention has no implementation {implementation!r} on {jax.default_backend()}; "
-            f"available: {sorted(IMPLEMENTATIONS)}"
-        )
-    inputs = q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH
-    return IMPLEMENTATIONS[implementation](*jax.tree.map(jnp.asarray, inputs), chunk=chunk)
+    inputs = jax.tree.map(jnp.asarray, (q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH))
+    chosen = IMPLEMENTATIONS[choose(implementation, inputs[0].dtype, H)]
+    return chosen.lightning_attention(*inputs, chunk=chunk)
 
 
 def lightning_decode(
@@ -79,37 +122,83 @@ def lightning_decode(
     k_BNH: jax.Array,
     v_BNH: jax.Array,
     slopes_N: jax.Array,
-    state_BNHH: jax.Array,
+    state_SNHH: jax.Array,
+    *,
+    slots_B: jax.Array | None = None,
     live_B: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return output and state of one further token per row: the recurrence of `lightning_attention`, taken once.
 
     Args:
         q_BNH, k_BNH, v_BNH: floating [B, N, H].
         slopes_N: floating [N].
-        state_BNHH: float32 [B, N, H (keys), H (values)], left by `lightning_attention` or by the last call.
+        state_SNHH: float32 [S, N, H (keys), H (values)], a pool of states as `lightning_attention` leaves them. Donate
+            it to the surrounding jit, and the kernels change it in place.
+        slots_B: int32 [B], the slot of each row's state; a live row's slot is no other row's. None: S is B, and row b
+            has slot b.
         live_B: bool [B]; a row that is not live keeps its state and its output is 0. None: all are live.
+        implementation: as in `lightning_attention`.
 
     Returns:
-        o_BNH in the dtype of q, and the new state in the dtype of the old one.
+        o_BNH in the dtype of q, and the pool with the new states.
+
+    Raises:
+        ValueError: shapes disagree, or the implementation does not exist or cannot run here.
     """
     if q_BNH.ndim != 3:
         raise ValueError(f"q must be [B, N, H], found {q_BNH.shape}")
-    B, N, H = q_BNH.shape
-    _check_shape("k", k_BNH, (B, N, H))
-    _check_shape("v", v_BNH, (B, N, H))
+    _check_shape("k", k_BNH, q_BNH.shape)
+    _check_shape("v", v_BNH, q_BNH.shape)
+    qkv_BN3H = jnp.stack([q_BNH, k_BNH, v_BNH], axis=2)
+    o_BNH, _, state_SNHH = _decode(qkv_BN3H, slopes_N, state_SNHH, slots_B, live_B, implementation, activate=False)
+    return o_BNH, state_SNHH
+
+
+def fused_decode(
+    qkv_BN3H: jax.Array,
+    slopes_N: jax.Array,
+    state_SNHH: jax.Array,
+    *,
+    slots_B: jax.Array | None = None,
+    live_B: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `lightning_decode` of SiLU(qkv), and what the norm behind it needs, in one pass over the states.
+
+    SiLU is computed in float32 and rounded once to the dtype of qkv, as in training.
+
+    Args:
+        qkv_BN3H: floating [B, N, 3, H], the projection of each row's token.
+        slopes_N, state_SNHH, slots_B, live_B, implementation: as in `lightning_decode`.
+
+    Returns:
+        o_BNH in the dtype of qkv, the sum of its squares over all heads float32 [B], and the pool with the new states.
+
+    Raises:
+        ValueError: as `lightning_decode`.
+    """
+    if qkv_BN3H.ndim != 4 or qkv_BN3H.shape[2] != 3:
+        raise ValueError(f"qkv must be [B, N, 3, H], found {qkv_BN3H.shape}")
+    o_BNH, square_BN, state_SNHH = _decode(
+        qkv_BN3H, slopes_N, state_SNHH, slots_B, live_B, implementation, activate=True
+    )
+    return o_BNH, square_BN.sum(axis=1), state_SNHH
+
+
+def _decode(qkv_BN3H, slopes_N, state_SNHH, slots_B, live_B, implementation, *, activate):
+    B, N, _, H = qkv_BN3H.shape
     _check_shape("slopes", slopes_N, (N,))
-    _check_shape("state", state_BNHH, (B, N, H, H))
-    dtype = state_BNHH.dtype
-    q, k, v = (jnp.asarray(x, dtype) for x in (q_BNH, k_BNH, v_BNH))
-    decay_N = jnp.exp(-jax.lax.stop_gradient(jnp.asarray(slopes_N, dtype)))
-    new_BNHH = decay_N[:, None, None] * state_BNHH + k[:, :, :, None] * v[:, :, None, :]
-    o_BNH = jnp.einsum("bnd,bnde->bne", q, new_BNHH)
-    if live_B is not None:
-        _check_shape("live", live_B, (B,))
-        new_BNHH = jnp.where(live_B[:, None, None, None], new_BNHH, state_BNHH)
-        o_BNH = jnp.where(live_B[:, None, None], o_BNH, 0)
-    return o_BNH.astype(q_BNH.dtype), new_BNHH
+    _check_shape("state", state_SNHH, (B if slots_B is None else state_SNHH.shape[0], N, H, H))
+    for name, array in (("slots", slots_B), ("live", live_B)):
+        if array is not None:
+            _check_shape(name, array, (B,))
+    chosen = choose(implementation, qkv_BN3H.dtype, H)
+    if chosen.startswith("mosaic"):  # kernels read both from memory
+        slots_B = jnp.arange(B, dtype=jnp.int32) if slots_B is None else slots_B
+        live_B = jnp.ones(B, bool) if live_B is None else live_B
+    inputs = jax.tree.map(jnp.asarray, (qkv_BN3H, jax.lax.stop_gradient(slopes_N), state_SNHH, slots_B, live_B))
+    return IMPLEMENTATIONS[chosen].decode(*inputs, activate=activate)
 
 
 def _check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:

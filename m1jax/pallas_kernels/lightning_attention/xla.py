@@ -219,3 +219,26 @@ def _decays(chunk, slopes_N):
         )
 
     return of_chunk
+
+
+# -- decode ------------------------------------------------------------------------------------------------------
+
+
+def decode(qkv_BN3H, slopes_N, state_SNHH, slots_B, live_B, *, activate):
+    """Return o_BNH, the sum of its squares [B, N] and the pool of states; `api.fused_decode` says what they mean."""
+    dtype = state_SNHH.dtype
+    qkv_BN3H = jax.nn.silu(qkv_BN3H.astype(dtype)).astype(qkv_BN3H.dtype) if activate else qkv_BN3H
+    q_BNH, k_BNH, v_BNH = (qkv_BN3H[:, :, i].astype(dtype) for i in range(3))
+    old_BNHH = state_SNHH if slots_B is None else state_SNHH[slots_B]
+    decay_N11 = jnp.exp(-slopes_N.astype(dtype))[:, None, None]
+    new_BNHH = decay_N11 * old_BNHH + k_BNH[:, :, :, None] * v_BNH[:, :, None, :]
+    o_BNH = jnp.einsum("bnd,bnde->bne", q_BNH, new_BNHH)
+    if live_B is not None:
+        new_BNHH = jnp.where(live_B[:, None, None, None], new_BNHH, old_BNHH)
+        o_BNH = jnp.where(live_B[:, None, None], o_BNH, 0)
+    o_BNH = o_BNH.astype(qkv_BN3H.dtype)
+    if slots_B is not None:
+        # Rows that are not live may share a slot with one that is, so they write nowhere.
+        targets_B = slots_B if live_B is None else jnp.where(live_B, slots_B, state_SNHH.shape[0])
+        new_BNHH = state_SNHH.at[targets_B].set(new_BNHH, mode="drop")
+    return o_BNH, jnp.sum(_widen([o_BNH])[0] ** 2, axis=2), new_BNHH

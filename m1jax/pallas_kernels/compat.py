@@ -1,0 +1,110 @@
+"""Where a kernel will run, and the names of Pallas that differ between JAX 0.10.2 and 0.12.
+
+    with interpreted():            # run the kernels of GPUs and TPUs step by step on a CPU: slow, for tests
+    with lowering_for("gpu"):      # make programs for a device that this machine does not have (jax.export, AOT)
+
+Both act while a program is traced, and JAX keeps what it has traced: make a new `jax.jit` inside.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+try:
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams  # pyright: ignore  # public since 0.11
+except ImportError:
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+_LOAD_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # an index of its own until 0.11
+
+_INTERPRETED: ContextVar[bool] = ContextVar("interpreted", default=False)
+_PLATFORM: ContextVar[str | None] = ContextVar("platform", default=None)
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Interpret every Pallas kernel that is traced inside, on the CPU."""
+    token = _INTERPRETED.set(True)
+    try:
+        yield
+    finally:
+        _INTERPRETED.reset(token)
+
+
+@contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """Take `platform` ("gpu" or "tpu") for the one that programs traced inside will run on."""
+    token = _PLATFORM.set(platform)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Whether kernels traced now are interpreted."""
+    return _INTERPRETED.get()
+
+
+def platform() -> str:
+    """Return "cpu", "gpu" or "tpu": what programs traced now are for."""
+    return _PLATFORM.get() or jax.default_backend()
+
+
+def why_not(implementation: str) -> str | None:
+    """Return why a Pallas implementation, "mosaic_tpu" or "mosaic_gpu", cannot run here; None where it can."""
+    needed = implementation.removeprefix("mosaic_")
+    if is_interpreted() or platform() == needed:
+        return None
+    return f"it needs a {needed.upper()}, and programs are made for a {platform().upper()} here"
+
+
+# -- Mosaic GPU --------------------------------------------------------------------------------------------------
+
+
+def gpu_kernel(body: Any, *, name: str, grid: tuple[int, ...], grid_names: tuple[str, ...], out_type: Any) -> Any:
+    """Return the function that launches `body(*inputs, *outputs)`; an input that is a `jax.Ref` changes in place."""
+    # Not plgpu.kernel: that of 0.10.2 takes no references. Lane semantics: layouts are the ones that a kernel names,
+    # in every version; 0.11 made the other the default.
+    return pl.kernel(
+        body,
+        out_type=out_type,
+        mesh=plgpu.Mesh(grid=grid, grid_names=grid_names),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=InterpretGPUParams() if is_interpreted() else False,
+        name=name,
+    )
+
+
+def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    """Return what `ref` holds, in the registers' `layout`, which an interpreter does not know."""
+    if is_interpreted():
+        return ref[...]
+    return plgpu.load(ref, *_LOAD_INDEX, layout=layout, optimized=optimized)
+
+
+def product(a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
+    """Return a @ b in float32 by the tensor cores; `b` lies in shared memory, `a` there or in registers.
+
+    An interpreter multiplies what they hold: that of 0.10.2 knows neither transposed references nor registers.
+    """
+    if is_interpreted():
+        turned = lambda x, yes: x[...].T if yes else x[...]  # noqa: E731
+        return jnp.dot(turned(a, transpose_a), turned(b, transpose_b), preferred_element_type=jnp.float32)
+    a = plgpu.transpose_ref(a, (1, 0)) if transpose_a else a
+    b = plgpu.transpose_ref(b, (1, 0)) if transpose_b else b
+
+    def multiply(accumulator):
+        plgpu.wgmma(accumulator, a, b)
+        return accumulator[...]
+
+    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
