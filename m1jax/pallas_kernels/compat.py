@@ -85,6 +85,12 @@ def gpu_kernel(body: Any, *, name: str, grid: tuple[int, ...], grid_names: tuple
     )
 
 
+def changing(x: jax.Array) -> Any:
+    """Return a reference to `x` that a kernel may change in place; `jax.freeze` gives the array back."""
+    # The interpreter of 0.10.2 wants to hear where it lies, which JAX takes under a jit only.
+    return jax.new_ref(x, memory_space=plgpu.GMEM) if is_interpreted() else jax.new_ref(x)
+
+
 def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     """Return what `ref` holds, in the registers' `layout`, which an interpreter does not know."""
     if is_interpreted():
@@ -92,19 +98,30 @@ def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
     return plgpu.load(ref, *_LOAD_INDEX, layout=layout, optimized=optimized)
 
 
-def product(a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False) -> jax.Array:
-    """Return a @ b in float32 by the tensor cores; `b` lies in shared memory, `a` there or in registers.
+def zeros(shape: tuple[int, ...], dtype: Any, layout: Any) -> jax.Array:
+    """Return zeros in the registers' `layout`."""
+    x = jnp.zeros(shape, dtype)
+    return x if is_interpreted() else plgpu.layout_cast(x, layout)
+
+
+def product(
+    a: Any, b: Any, *, onto: jax.Array | None = None, transpose_a: bool = False, transpose_b: bool = False
+) -> jax.Array:
+    """Return a @ b (+ onto) in float32 by the tensor cores; `b` lies in shared memory, `a` there or in registers.
 
     An interpreter multiplies what they hold: that of 0.10.2 knows neither transposed references nor registers.
     """
     if is_interpreted():
         turned = lambda x, yes: x[...].T if yes else x[...]  # noqa: E731
-        return jnp.dot(turned(a, transpose_a), turned(b, transpose_b), preferred_element_type=jnp.float32)
+        ab = jnp.dot(turned(a, transpose_a), turned(b, transpose_b), preferred_element_type=jnp.float32)
+        return ab if onto is None else onto + ab
     a = plgpu.transpose_ref(a, (1, 0)) if transpose_a else a
     b = plgpu.transpose_ref(b, (1, 0)) if transpose_b else b
+    if onto is not None:
+        return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.WGMMAAccumulatorRef.init(onto))
 
-    def multiply(accumulator):
-        plgpu.wgmma(accumulator, a, b)
-        return accumulator[...]
+    def multiply(sums):
+        plgpu.wgmma(sums, a, b)
+        return sums[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))

@@ -1,4 +1,7 @@
-"""Softmax attention against float64 NumPy: packing, padding, grouped heads, a cache, and how much memory it takes."""
+"""Softmax attention against float64 NumPy: packing, padding, grouped heads, a cache, and how much memory it takes.
+
+The kernels of libraries run interpreted, or are lowered for the devices that they are made for.
+"""
 
 from functools import partial
 
@@ -6,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
+from m1jax.pallas_kernels.compat import interpreted, lowering_for
 from m1jax.pallas_kernels.softmax_attention import softmax_attention
 
 B, T, N, K, H = 2, 19, 4, 2, 6
@@ -33,13 +38,42 @@ def by_hand(q, k, v, q_positions, k_positions, q_segments, k_segments):
     return out
 
 
-@partial(jax.jit, static_argnames=("block", "in_order"))
-def attend(q, k, v, q_positions, k_positions, q_segments, k_segments, block=128, in_order=False):
+def gradients_by_hand(q, k, v, q_positions, k_positions, q_segments, k_segments, do):
+    """Return the gradients of (output * do).sum() by q, k and v, one query and head at a time, in NumPy."""
+    dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for b, t, n in np.ndindex(q.shape[:3]):
+        seen = (k_segments[b] == q_segments[b, t]) & (k_segments[b] > 0) & (k_positions[b] <= q_positions[b, t])
+        if seen.any():
+            kv, scale = n // (q.shape[2] // k.shape[2]), q.shape[3] ** -0.5
+            weights = np.exp(k[b, seen, kv] @ q[b, t, n] * scale)
+            weights /= weights.sum()
+            dweights = v[b, seen, kv] @ do[b, t, n]
+            dscores = weights * (dweights - weights @ dweights) * scale
+            dq[b, t, n] = dscores @ k[b, seen, kv]
+            dk[b, seen, kv] += np.outer(dscores, q[b, t, n])
+            dv[b, seen, kv] += np.outer(weights, do[b, t, n])
+    return dq, dk, dv
+
+
+def call(q, k, v, q_positions=None, k_positions=None, q_segments=None, k_segments=None, **settings):
     return softmax_attention(
-        q, k, v,
-        q_positions_BT=q_positions, k_positions_BS=k_positions,
-        q_segment_ids_BT=q_segments, k_segment_ids_BS=k_segments, block=block, in_order=in_order,
+        q, k, v, q_positions_BT=q_positions, k_positions_BS=k_positions,
+        q_segment_ids_BT=q_segments, k_segment_ids_BS=k_segments, **settings,
     )  # fmt: skip
+
+
+attend = jax.jit(call, static_argnames=("block", "in_order"))
+
+
+def output_and_gradients(args, where, do, **settings):
+    """Return o, dq, dk, dv of a program of its own: what a context says while it is traced is not cached."""
+
+    @jax.jit
+    def both(args, where, do):
+        out, pull = jax.vjp(lambda *args: call(*args, *where, **settings), *args)
+        return out, *pull(do)
+
+    return both(args, where, do)
 
 
 SELF = (POSITIONS, POSITIONS, SEGMENTS, SEGMENTS)
@@ -88,6 +122,15 @@ def test_a_query_that_sees_nothing_has_no_output_and_no_gradient(block):
         assert np.all(np.asarray(found)[SEGMENTS == 0] == 0)
 
 
+def test_gradients_by_hand_are_those_of_the_formula():
+    """Ties the NumPy that the libraries are held to to the blocked path, which finite differences confirm."""
+    *args, do = inputs()
+    with jax.enable_x64(True):
+        _, *grads = output_and_gradients(args, SELF, do)
+    for found, expected in zip(grads, gradients_by_hand(*args, *SELF, do), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=EXACT)
+
+
 def test_packed_segments_are_rows_of_their_own():
     q, k, v, _ = inputs()
     with jax.enable_x64(True):
@@ -108,13 +151,13 @@ def test_grouped_heads_are_repeated_heads():
 
 
 def test_keys_that_nobody_sees_are_left_out():
-    """Four stretches of 512 queries see 512 to 2048 keys: 5/8 of the scores, and the count of their products."""
+    """Eight stretches of 256 queries see 256 to 2048 keys: 9/16 of the scores."""
     x, ids = jax.ShapeDtypeStruct((1, 2048, N, H), jnp.float32), jax.ShapeDtypeStruct((1, 2048), jnp.int32)
     text = {
         in_order: str(jax.make_jaxpr(partial(attend, in_order=in_order))(x, x, x, ids, ids, ids, ids))
         for in_order in (False, True)
     }
-    for keys in (512, 1024, 1536):
+    for keys in range(256, 2048, 256):
         assert f"128,{keys}]" in text[True] and f"128,{keys}]" not in text[False]
 
 
@@ -157,6 +200,188 @@ def test_no_array_of_all_scores_forward_or_backward():
     assert text and f"{length},{length}]" not in text
 
 
+def random_rows(tokens, heads, kv_heads, head_dim, seed=0):
+    """Return q, k, v, do and where they stand: a row of three segments and padding, and a row of one with a hole."""
+    rng = np.random.default_rng(seed)
+    shape = (2, tokens, heads, head_dim), (2, tokens, kv_heads, head_dim)
+    q, do, k, v = (rng.normal(size=shape[i]) for i in (0, 0, 1, 1))
+    ends, hole = (tokens // 7, tokens // 2, tokens - tokens // 9), slice(tokens // 3, tokens // 3 + tokens // 8)
+    segments, positions = np.zeros((2, tokens), np.int32), np.zeros((2, tokens), np.int32)
+    for i, part in enumerate((slice(0, ends[0]), slice(ends[0], ends[1]), slice(ends[1], ends[2]))):
+        segments[0, part], positions[0, part] = i + 1, np.arange(part.stop - part.start)
+    segments[1] = 5
+    segments[1, hole] = 0
+    positions[1, segments[1] > 0] = np.arange((segments[1] > 0).sum())
+    return (q, k, v), do, (positions, positions, segments, segments)
+
+
+SPLASH = {
+    "one block": (40, 4, 2, 6),
+    "three blocks, the last one short": (1100, 2, 1, 24),
+    "as many kv heads as heads": (150, 2, 2, 128),
+    "wider than a vector": (130, 2, 1, 160),
+}
+
+
+@pytest.mark.parametrize("shape", SPLASH.values(), ids=list(SPLASH))
+def test_splash_is_the_formula_forward_and_backward(shape):
+    args, do, where = random_rows(*shape)
+    narrow = [np.float32(x) for x in args]
+    with interpreted():
+        out, *grads = output_and_gradients(narrow, where, np.float32(do), in_order=True, implementation="splash")
+    # A gradient of k sums over the queries that see it and their heads: sqrt(tokens) roundings of values of order 5.
+    tolerance = 5 * shape[0] ** 0.5 * np.finfo(np.float32).eps
+    for found, expected in zip(
+        (out, *grads), (by_hand(*args, *where), *gradients_by_hand(*args, *where, do)), strict=True
+    ):
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+        assert np.all(np.asarray(found)[where[2] == 0] == 0)
+
+
+def test_splash_in_bfloat16():
+    args, do, where = random_rows(300, 4, 2, 40)
+    args, do = [jnp.asarray(x, jnp.bfloat16) for x in args], jnp.asarray(do, jnp.bfloat16)
+    with interpreted():
+        found = output_and_gradients(args, where, do, in_order=True, implementation="splash")
+    wide, do = [np.float64(x) for x in args], np.float64(do)
+    for x, expected in zip(found, (by_hand(*wide, *where), *gradients_by_hand(*wide, *where, do)), strict=True):
+        assert x.dtype == jnp.bfloat16
+        # Four roundings to 8 bits, each of up to 2^-9 of the value: scaled queries, weights, their gradients, results.
+        assert np.linalg.norm(np.float64(x) - expected) < 4 * 2.0**-9 * np.linalg.norm(expected)
+
+
+def test_splash_packed_segments_are_rows_of_their_own():
+    args, do, where = random_rows(300, 4, 2, 16)
+    narrow, do = [np.asarray(x, np.float32) for x in args], np.asarray(do, np.float32)
+    with interpreted():
+        packed = output_and_gradients(narrow, where, do, in_order=True, implementation="splash")
+        for segment in (2, 3):
+            first, last = np.flatnonzero(where[2][0] == segment)[[0, -1]]
+            part = slice(first, last + 1)
+            alone = output_and_gradients(
+                [x[:1, part] for x in narrow], (None,) * 4, do[:1, part], implementation="splash"
+            )
+            for whole, single in zip(packed, alone, strict=True):
+                np.testing.assert_allclose(np.asarray(whole)[:1, part], single, rtol=0, atol=SINGLE)
+
+
+def test_splash_does_not_read_padding():
+    """Padding holds numbers that overflow a score; neither an output nor a gradient shows them."""
+    args, do, where = random_rows(40, 4, 2, 6)
+    padding = (where[2] == 0)[:, :, None, None]
+    clean, dirty = ([np.float32(np.where(padding, rubbish, x)) for x in args] for rubbish in (0, 1e30))
+    with interpreted():
+        pairs = [
+            output_and_gradients(x, where, np.float32(do), in_order=True, implementation="splash")
+            for x in (clean, dirty)
+        ]
+    for expected, found in zip(*pairs, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_without_segment_ids_a_row_is_one_segment():
+    q, k, v, _ = inputs()
+    positions, ids = np.tile(np.arange(T), (B, 1)), np.ones((B, T), np.int32)
+    with jax.enable_x64(True):
+        np.testing.assert_array_equal(
+            attend(q, k, v, block=4), attend(q, k, v, positions, positions, ids, ids, block=4, in_order=True)
+        )
+
+
+M1 = (1, 16384, 64, 8, 128)
+
+
+def lowered(platform, shape, dtype, packed, **settings):
+    """Return the StableHLO of o and of its gradients, made for a device that is not here."""
+    B, T, N, K, H = shape
+    q, k = jax.ShapeDtypeStruct((B, T, N, H), dtype), jax.ShapeDtypeStruct((B, T, K, H), dtype)
+    where = (jax.ShapeDtypeStruct((B, T), jnp.int32),) * (4 if packed else 0)
+    checks = [export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{backward}") for backward in ("", "Backward")]
+
+    def gradients(q, k, v, *where):
+        return jax.grad(lambda *args: call(*args, *where, **settings).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+    with lowering_for(platform):
+        return tuple(
+            export.export(jax.jit(f), platforms=[{"gpu": "cuda"}.get(platform, platform)], disabled_checks=checks)(
+                q, k, k, *where
+            ).mlir_module()
+            for f in (partial(call, **settings), gradients)
+        )
+
+
+@pytest.fixture
+def cudnn_here(monkeypatch):
+    """JAX asks the cuDNN of this machine for its version, also where it makes a program for another machine."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91200)
+
+
+@pytest.mark.parametrize("implementation", ["cudnn", None])
+@pytest.mark.parametrize(("shape", "dtype"), [(M1, jnp.bfloat16), ((2, 100, 4, 4, 64), jnp.float16)])
+def test_cudnn_is_called_on_gpus(shape, dtype, implementation, cudnn_here):
+    """By default too, with key/value heads as they are, and with no array of scores beside it."""
+    forward, backward = lowered("gpu", shape, dtype, packed=False, implementation=implementation)
+    assert forward.count("@__cudnn$fmhaSoftmax(") == 1 and "CAUSAL" in forward
+    assert backward.count("@__cudnn$fmhaSoftmax(") == 1 and backward.count("@__cudnn$fmhaSoftmaxBackward(") == 1
+    B, T, N, K, H = shape
+    for text in (forward, backward):
+        assert all(line.count(f"tensor<{B}x{T}x{K}x{H}x") >= 2 for line in text.splitlines() if "@__cudnn$fmha" in line)
+        assert f"{T}x{T}x" not in text
+
+
+@pytest.mark.parametrize("implementation", ["splash", None])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(M1, jnp.bfloat16), ((2, 1100, 4, 2, 96), jnp.float32), ((1, 40, 4, 1, 16), jnp.float32)]
+)
+def test_splash_is_lowered_for_tpus(shape, dtype, implementation):
+    """By default too; one kernel forward, and three with the backward pass."""
+    found = lowered("tpu", shape, dtype, packed=True, in_order=True, implementation=implementation)
+    assert [text.count("@tpu_custom_call(") for text in found] == [1, 3]
+    assert not any(f"{shape[1]}x{shape[1]}x" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "packed", "in_order"),
+    [
+        ("gpu", jnp.bfloat16, True, True),  # packed training
+        ("gpu", jnp.bfloat16, True, False),  # a cache
+        ("gpu", jnp.float32, False, True),
+        ("tpu", jnp.bfloat16, True, False),
+        ("tpu", jnp.float16, False, True),
+    ],
+)
+def test_the_default_is_blocked_where_a_library_does_not_serve(platform, dtype, packed, in_order, cudnn_here):
+    found = lowered(platform, (2, 256, 4, 2, 64), dtype, packed, in_order=in_order)
+    assert all("dot_general" in text for text in found)
+    assert not any("__cudnn" in text or "tpu_custom_call" in text for text in found)
+
+
+def test_a_named_implementation_is_never_replaced():
+    q, k, v = (jnp.zeros((B, 64, heads, 64), jnp.bfloat16) for heads in (N, K, K))
+    ids = (jnp.ones((B, 64), jnp.int32),) * 4
+
+    def refused(reason, *args, **settings):
+        with pytest.raises(ValueError, match=reason):
+            call(*args, **settings)
+
+    refused("no implementation 'flash'.*'blocked', 'cudnn', 'splash'", q, k, v, implementation="flash")
+    refused("'cudnn' cannot do this: it needs a GPU.*CPU here", q, k, v, implementation="cudnn")
+    refused("'splash' cannot do this: it needs a TPU.*CPU here", q, k, v, implementation="splash")
+    with lowering_for("gpu"):
+        cudnn = partial(refused, implementation="cudnn")
+        cudnn("no segment ids", q, k, v, *ids, in_order=True)
+        cudnn("may be a cache", q, k, v, *ids)
+        cudnn("found float32, bfloat16, bfloat16", q.astype(jnp.float32), k, v)
+        cudnn("multiple of 8 up to 128, found 60", q[..., :60], k[..., :60], v[..., :60])
+        refused("needs a TPU.*GPU here", q, k, v, implementation="splash")
+    with lowering_for("tpu"):
+        splash = partial(refused, implementation="splash")
+        splash("may be a cache", q, k, v, *ids)
+        splash("found float16, float16, float16", *(x.astype(jnp.float16) for x in (q, k, v)))
+        refused("needs a GPU.*TPU here", q, k, v, implementation="cudnn")
+
+
 def test_errors_say_what_is_wrong():
     q, k, v, _ = inputs()
     with pytest.raises(ValueError, match=r"v has shape \(2, 18, 2, 6\).*\(2, 19, 2, 6\)"):
@@ -165,3 +390,9 @@ def test_errors_say_what_is_wrong():
         attend(q, k, v, POSITIONS[:, 1:], *SELF[1:])
     with pytest.raises(ValueError, match="4 query heads must be divisible by 3"):
         attend(q, np.zeros((B, T, 3, H)), np.zeros((B, T, 3, H)), *SELF)
+    with pytest.raises(ValueError, match="19 queries and 18 keys"):
+        attend(q, k[:, 1:], v[:, 1:])
+    with pytest.raises(ValueError, match="together or not at all; missing: k_positions, q_segment_ids"):
+        attend(q, k, v, POSITIONS, None, None, SEGMENTS)
+    with pytest.raises(ValueError, match=r"found \(2, 19, 6\) and \(2, 19, 2, 6\)"):
+        attend(q[:, :, 0], k, v)

@@ -58,7 +58,7 @@ def walk(tensors_BTNH, jobs, slopes_N, segment_ids_BT, states_BNHH, *, reverse):
     Hp = SLICE if H <= SLICE else 2 * SLICE
     spans = _spans(B * N * len(jobs) * (Hp // SLICE), -(-T // BLOCK))
     table = tables(segment_ids_BT, T, BLOCK, spans)
-    tokens = table.shape[2]
+    tokens = table.shape[1] * BLOCK
     tensors = [jnp.pad(x, [(0, 0), (0, tokens - T), (0, 0), (0, Hp - H)]) for x in tensors_BTNH]
     states = [two_pass.pad_heads(x, Hp, (2, 3))[:, :, None] for x in states_BNHH]
     launch = partial(_launch, tensors, jobs, slopes_N, table, reverse=reverse)
@@ -81,7 +81,7 @@ def _spans(programs, blocks):
 
 def _chain(first, added, slopes_N, table, reverse):
     """Return the state that enters each span [B, N, P, H, H]: `first` the row's, `added` what each span adds."""
-    steps_BPG = table[:, THROUGH, ::BLOCK].reshape(table.shape[0], added.shape[2], -1)
+    steps_BPG = table[:, :, THROUGH, 0].reshape(table.shape[0], added.shape[2], -1)
     steps_B1P = jnp.where((steps_BPG < 0).any(-1), -1, steps_BPG.sum(-1))[:, None]
     through_BNP = decay(slopes_N[:, None], steps_B1P)
 
@@ -142,10 +142,10 @@ def _walk_job(slope, table, tiles, first, out, last, block_at, blocks, reverse):
     H, dtype, stages = tiles[0].shape[1], tiles[0].dtype, min(STAGES, blocks)
     shared = partial(plgpu.SMEM, dtype=dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
-    def scoped(ring, table_ring, arrived, S_shared, W_shared, O_shared):
+    def scoped(ring, table_ring, arrived, S_shared, O_shared):
         def fetch(c, slot):
             tokens = pl.ds(block_at(c) * BLOCK, BLOCK)
-            plgpu.copy_gmem_to_smem(table.at[:, tokens], table_ring.at[slot], arrived.at[slot])
+            plgpu.copy_gmem_to_smem(table.at[block_at(c)], table_ring.at[slot], arrived.at[slot])
             for source, target in zip(tiles, ring, strict=True):
                 plgpu.copy_gmem_to_smem(source.at[tokens], target.at[slot], arrived.at[slot])
 
@@ -159,20 +159,21 @@ def _walk_job(slope, table, tiles, first, out, last, block_at, blocks, reverse):
             by_row = lambda r: _spread(table_ring.at[slot, r], 1)  # noqa: E731
             by_column = lambda r: _spread(table_ring.at[slot, r], 0)  # noqa: E731
             d = two_pass.decays(slope, by_row, by_column, reverse=reverse)
-            W_shared[...] = (compat.load(V, plgpu.Layout.WGMMA).astype(jnp.float32) * d.write).astype(dtype)
             if Q:
                 S_shared[...] = S.astype(dtype)
-            plgpu.commit_smem()
-            if Q:
-                A = (compat.product(Q[0], K, transpose_b=True) * d.D).astype(dtype)
-                out_tile = compat.product(A, V) + d.read * compat.product(Q[0], S_shared)
-            S = decay(slope, table_ring[slot, THROUGH, 0]) * S + compat.product(K, W_shared, transpose_a=True)
-            if Q:
-                place = lax.rem(c, 2)
-                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                O_shared[place] = out_tile.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(O_shared.at[place], out.at[pl.ds(block_at(c) * BLOCK, BLOCK)])
+                from_state = d.read * compat.product(Q[0], S_shared)
+                A = (compat.product(Q[0], K, transpose_b=True) * d.D).astype(dtype)
+                out_tile = compat.product(A, V, onto=from_state).astype(dtype)
+            # In place: nothing reads the values themselves any more.
+            V[...] = (compat.load(V, plgpu.Layout.WGMMA).astype(jnp.float32) * d.write).astype(dtype)
+            plgpu.commit_smem()
+            S = compat.product(K, V, transpose_a=True, onto=decay(slope, table_ring[slot, THROUGH, 0]) * S)
+            if Q:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                O_shared[...] = out_tile
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(O_shared, out.at[pl.ds(block_at(c) * BLOCK, BLOCK)])
 
             @pl.when(c + stages < blocks)
             def _():
@@ -190,7 +191,6 @@ def _walk_job(slope, table, tiles, first, out, last, block_at, blocks, reverse):
         plgpu.Barrier(num_arrivals=len(tiles) + 1, num_barriers=stages),
         shared((H, SLICE)),
         shared((BLOCK, SLICE)),
-        shared((2, BLOCK, SLICE)),
     )
 
 
@@ -211,7 +211,7 @@ def decode(qkv_BN3H, slopes_N, state_SNHH, slots_B, live_B, *, activate):
     """
     B, N, _, H = qkv_BN3H.shape
     Hp = SLICE if H <= SLICE else 2 * SLICE
-    pool = jax.new_ref(two_pass.pad_heads(state_SNHH, Hp, (2, 3)), memory_space=plgpu.GMEM)
+    pool = compat.changing(two_pass.pad_heads(state_SNHH, Hp, (2, 3)))
     o_BNH, square_BN = compat.gpu_kernel(
         partial(_decode_kernel, activate=activate),
         out_type=[jax.ShapeDtypeStruct((B, N, Hp), qkv_BN3H.dtype), jax.ShapeDtypeStruct((B, N), jnp.float32)],
@@ -249,5 +249,5 @@ def _decode_kernel(slopes, slots, live, qkv, pool, o, square, *, activate):
 
     @pl.when(live[row] == 0)
     def _():
-        o[row, head] = jnp.zeros((H,), dtype)
+        o[row, head] = compat.zeros((H,), dtype, by_column)
         square[row, head] = jnp.float32(0)

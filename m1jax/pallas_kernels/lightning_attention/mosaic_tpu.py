@@ -54,7 +54,7 @@ def walk(tensors_BTNH, jobs, slopes_N, segment_ids_BT, states_BNHH, *, reverse):
         grid=(B, N // heads, blocks),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
-            pl.BlockSpec((None, ROWS, BLOCK), lambda b, n, c: (row(b), 0, at(c))),
+            pl.BlockSpec((None, None, ROWS, BLOCK), lambda b, n, c: (row(b), at(c), 0, 0)),
             *[tensor] * len(tensors),
             *[state] * len(jobs),
         ],
