@@ -55,5 +55,7 @@ class SoftmaxAttention(nn.Module):
             q_positions_BT=positions_BT, k_positions_BS=k_positions_BS,
             q_segment_ids_BT=segment_ids_BT, k_segment_ids_BS=k_segments_BS, block=c.attention_block,
             in_order=cache is None,
+            # A cache is for the blocked form alone.
+            implementation=None if c.kernels.softmax == "auto" or cache is not None else c.kernels.softmax,
         )  # fmt: skip
         return o_BTNH.reshape(B * T, N * H) @ w_out.reshape(-1, D), cache

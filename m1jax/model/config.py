@@ -6,11 +6,33 @@ are the same decoder with softmax layers only, `num_experts` 0 and `postnorm` Fa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 LAYER_KINDS = ("lightning", "softmax")
 REMAT = ("none", "layer")
+LIGHTNING_KERNELS = ("auto", "reference", "xla", "mosaic_tpu", "mosaic_gpu")
+SOFTMAX_KERNELS = ("auto", "blocked", "splash")
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Who computes attention; every choice gives the same numbers up to rounding.
+
+    Attributes:
+        lightning: "auto" is the best one for the backend and dtype: "mosaic_gpu" (Hopper, bfloat16), "mosaic_tpu", or
+            "xla"; "reference" goes token by token. It serves the norm behind it and decoding too.
+        softmax: in training, whose rows are packed: "auto" is "splash" on TPUs, else "blocked". The cache is always
+            served by "blocked".
+    """
+
+    lightning: str = "auto"
+    softmax: str = "auto"
+
+    def __post_init__(self):
+        for name, known in (("lightning", LIGHTNING_KERNELS), ("softmax", SOFTMAX_KERNELS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: {getattr(self, name)!r} must be one of {known}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,7 @@ class ModelConfig:
         lightning_chunk: chunk length of the lightning recurrence in training and prefill.
         attention_block: block length of softmax attention.
         head_rows: tokens whose logits exist at the same time in training; 0 chooses as many as make 64 MiB.
+        kernels: who computes attention. Runs set it by their own section of that name.
     """
 
     vocab_size: int
@@ -84,6 +107,7 @@ class ModelConfig:
     lightning_chunk: int = 128
     attention_block: int = 128
     head_rows: int = 0
+    kernels: KernelConfig = KernelConfig()
 
     def __post_init__(self):
         positive = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim",
@@ -115,6 +139,16 @@ class ModelConfig:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be float32, bfloat16 or float64")
         if self.remat not in REMAT:
             raise ValueError(f"remat: {self.remat!r} must be one of {REMAT}")
+
+    def with_kernels(self, kernels: KernelConfig) -> ModelConfig:
+        """The same decoder computed by `kernels`, those of the run that it is part of.
+
+        Raises:
+            ValueError: it was given others of its own.
+        """
+        if self.kernels not in (KernelConfig(), kernels):
+            raise ValueError("model.kernels: leave it out, and set the section kernels instead")
+        return replace(self, kernels=kernels)
 
     @property
     def num_periods(self) -> int:

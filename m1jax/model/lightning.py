@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from m1jax.model.config import ModelConfig
-from m1jax.model.layers import RMSNorm, at_least_float32, weight
-from m1jax.pallas_kernels.lightning_attention.api import lightning_attention, lightning_decode
+from m1jax.model.kernels import lightning_kernel
+from m1jax.model.layers import at_least_float32, parameter, weight
+from m1jax.pallas_kernels.gated_norm import gated_norm
+from m1jax.pallas_kernels.lightning_attention.api import fused_decode, lightning_attention
 
 
 class LightningAttention(nn.Module):
     """y = (sigmoid(u W_gate) * RMSNorm(recurrence(silu(u W_qkv)))) W_out, no rotary embedding and no scale.
 
-    q, k and v stay in float32 from the SiLU to the inner norm in training and in decoding alike: where the two sides
-    round differently, the ratio of the policy to the behaviour policy is wrong before the first update.
+    q, k and v have one dtype in training and in decoding alike: where the two sides round differently, the ratio of
+    the policy to the behaviour policy is wrong before the first update. It is at least float32, from the SiLU to the
+    inner norm, but for the kernels of GPUs and TPUs, whose matrix units want the model's.
     """
 
     config: ModelConfig
@@ -30,23 +34,37 @@ class LightningAttention(nn.Module):
         w_gate = weight(self, "gate", (D, N, H), ("embed", "heads", "head_dim"), c)
         w_out = weight(self, "out", (N, H, D), ("heads", "head_dim", "embed"), c)
 
-        qkv_BTN3H = jax.nn.silu(at_least_float32(u_MD @ w_qkv.reshape(D, -1))).reshape(B, T, N, 3, H)
-        q_BTNH, k_BTNH, v_BTNH = qkv_BTN3H[:, :, :, 0], qkv_BTN3H[:, :, :, 1], qkv_BTN3H[:, :, :, 2]
-        if cache is None:
-            o_BTNH, _ = lightning_attention(
-                q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT=segment_ids_BT, chunk=c.lightning_chunk
-            )
-        elif T == 1:
-            o_BNH, state = lightning_decode(
-                q_BTNH[:, 0], k_BTNH[:, 0], v_BTNH[:, 0], slopes_N, cache["state"], live_B=segment_ids_BT[:, 0] > 0
-            )
+        kernel = lightning_kernel(c)
+        dtype = c.dtype if kernel.startswith("mosaic") else jnp.promote_types(c.dtype, jnp.float32)
+        qkv_BTN3H, square_M = (u_MD @ w_qkv.reshape(D, -1)).reshape(B, T, N, 3, H), None
+        if cache is not None and T == 1:
+            o_BNH, square_M, state = fused_decode(
+                qkv_BTN3H[:, 0].astype(dtype), slopes_N, cache["state"],
+                live_B=segment_ids_BT[:, 0] > 0, implementation=kernel,
+            )  # fmt: skip
             o_BTNH, cache = o_BNH[:, None], {"state": state}
         else:
+            qkv_BTN3H = jax.nn.silu(at_least_float32(qkv_BTN3H)).astype(dtype)
             o_BTNH, state = lightning_attention(
-                q_BTNH, k_BTNH, v_BTNH, slopes_N,
-                segment_ids_BT=segment_ids_BT, initial_state_BNHH=cache["state"], chunk=c.lightning_chunk,
+                qkv_BTN3H[:, :, :, 0], qkv_BTN3H[:, :, :, 1], qkv_BTN3H[:, :, :, 2], slopes_N,
+                segment_ids_BT=segment_ids_BT, initial_state_BNHH=cache and cache["state"],
+                chunk=c.lightning_chunk, implementation=kernel,
             )  # fmt: skip
-            cache = {"state": state}
-        o_MX = RMSNorm(c, c.lightning_norm_eps, axis="heads_and_dims", name="norm")(o_BTNH.reshape(B * T, N * H))
-        gate_MX = jax.nn.sigmoid(u_MD @ w_gate.reshape(D, -1))
-        return (gate_MX * o_MX) @ w_out.reshape(-1, D), cache
+            cache = cache and {"state": state}
+        gate_MX, o_MX = u_MD @ w_gate.reshape(D, -1), o_BTNH.reshape(B * T, N * H)
+        gated_MX = GatedNorm(c, name="norm")(o_MX, gate_MX, square_M)
+        return gated_MX @ w_out.reshape(-1, D), cache
+
+
+class GatedNorm(nn.Module):
+    """sigmoid(gate) * RMSNorm over all heads, in float32 inside and rounded once."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, o_MX: jax.Array, gate_MX: jax.Array, square_M: jax.Array | None) -> jax.Array:
+        c, kernel = self.config, lightning_kernel(self.config)
+        scale_X = parameter(self, "scale", o_MX.shape[1:], ("heads_and_dims",), c.param_dtype, nn.initializers.ones)
+        kernel = kernel if kernel.startswith("mosaic") else "xla"
+        eps = c.lightning_norm_eps
+        return gated_norm(o_MX, gate_MX, scale_X, eps=eps, square_M=square_M, implementation=kernel)

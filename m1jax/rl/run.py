@@ -25,6 +25,7 @@ from m1jax.data.problems import TrainProblems, heldout, majority_share, parse_mi
 from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
 from m1jax.data.tokenizer_files import save_tokenizer
 from m1jax.errors import NonFinite, UserError
+from m1jax.model.kernels import check_kernels
 from m1jax.rewards.grader import Grader
 from m1jax.rewards.score import score_responses
 from m1jax.rl.batch import make_batch, of_responses
@@ -312,6 +313,7 @@ def open_questions(config: RLConfig) -> Questions:
     Raises:
         UserError: something in the config or the data is the user's to mend.
     """
+    check_kernels(config.model)
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.stop_tokens)
     check_vocab_size(config.model.vocab_size, tokenizer, config.tokenizer.path)
     tokenize = partial(

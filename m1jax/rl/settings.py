@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from m1jax.data.settings import ProblemsConfig, TokenizerConfig
-from m1jax.model.config import ModelConfig
+from m1jax.model.config import KernelConfig, ModelConfig
 from m1jax.rl.batch import BatchShape, UpdateConfig
 from m1jax.rl.loss import LossConfig
 from m1jax.rl.shaping import ENDING_POLICIES
@@ -145,6 +145,7 @@ class RLConfig:
         steps: generation batches.
         tasks: comma-separated task specs (`m1jax.data.problems.parse_tasks`).
         init_from: run folder or checkpoint folder whose parameters the run starts from; "" starts from random ones.
+        kernels: who computes attention, in the update and in the local engine alike.
     """
 
     seed: int
@@ -162,8 +163,10 @@ class RLConfig:
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig
     init_from: str = ""
+    kernels: KernelConfig = KernelConfig()
 
     def __post_init__(self):
+        object.__setattr__(self, "model", self.model.with_kernels(self.kernels))
         if self.steps < 0:
             raise ValueError(f"steps: {self.steps} must be at least 0 (0 evaluates only)")
         if self.sampling.top_p < 1 or self.sampling.top_k > 0:

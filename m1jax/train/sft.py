@@ -26,7 +26,8 @@ from m1jax.data.settings import ProblemsConfig, TokenizerConfig
 from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
 from m1jax.data.tokenizer_files import save_tokenizer
 from m1jax.errors import UserError, require_finite
-from m1jax.model.config import ModelConfig
+from m1jax.model.config import KernelConfig, ModelConfig
+from m1jax.model.kernels import check_kernels
 from m1jax.sharding import check_rows, data_mesh, replicated
 from m1jax.train import report
 from m1jax.train.checkpoint import Checkpoints, steps
@@ -78,6 +79,7 @@ class SFTConfig:
         reflection: probability, for every step of a solution, of a slip that the solution then corrects.
         balance_coefficient: weight of the experts' load-balancing loss.
         init_from: run or checkpoint folder to start from; "" starts from random parameters.
+        kernels: who computes attention.
     """
 
     seed: int
@@ -94,8 +96,10 @@ class SFTConfig:
     reflection: float = 0.1
     balance_coefficient: float = 1e-3
     init_from: str = ""
+    kernels: KernelConfig = KernelConfig()
 
     def __post_init__(self):
+        object.__setattr__(self, "model", self.model.with_kernels(self.kernels))
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps} must be at least 1")
         if self.loss_on not in LOSS_ON:
@@ -178,6 +182,7 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     """
     folder, mesh = Path(workdir), data_mesh()
     check_rows(config.rows.micro_batch_rows, "config.rows.micro_batch_rows", mesh)
+    check_kernels(config.model)
     sequences = Sequences(config)
     optimizer = make_optimizer(config.optimizer)
     fresh = not steps(folder / "checkpoints")

@@ -1,0 +1,52 @@
+"""Every kernel at every target shape really lowers to Mosaic, for an H100 and for a TPU, on a machine that has neither.
+
+What an interpreter accepts a device may not: layouts, block shapes and primitives are judged while lowering.
+"""
+
+import re
+
+import jax
+import pytest
+from jax import export
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+from experiments.compile_kernels import programs
+from m1jax.pallas_kernels.compat import lowering_for
+
+H100 = AbstractMesh((), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu"))
+CUSTOM_CALL = {"h100": "mosaic_gpu_v2", "v5p": "tpu_custom_call"}
+
+
+def lowered(target: str, name: str) -> str:
+    """Return the program's StableHLO for the target."""
+    function, arguments = programs(target)[name]
+    checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    platform = "cuda" if target == "h100" else "tpu"
+    with lowering_for("gpu" if target == "h100" else "tpu"), use_abstract_mesh(H100):
+        jitted = jax.jit(function)
+        return export.export(jitted, platforms=[platform], disabled_checks=checks)(*arguments).mlir_module()
+
+
+def kernels_of(target: str, name: str) -> int:
+    """Return how many kernels a program must hold."""
+    if "gradients" not in name:
+        walks = 1
+    else:
+        walks = 3 if name.startswith("lightning") else 2  # forwards; dq forwards, dk and dv backwards
+    return walks
+
+
+@pytest.mark.parametrize("name", programs("v5p"))
+def test_lowers_to_mosaic_tpu(name):
+    text = lowered("v5p", name)
+    assert len(re.findall(CUSTOM_CALL["v5p"], text)) == kernels_of("v5p", name)
+
+
+@pytest.mark.parametrize("name", programs("h100"))
+def test_lowers_to_mosaic_gpu(name):
+    text = lowered("h100", name)
+    found = len(re.findall(CUSTOM_CALL["h100"], text))
+    # Where heads are few, a launch for the states of spans comes before each walk.
+    assert kernels_of("h100", name) <= found <= 2 * kernels_of("h100", name)
+    assert (found > kernels_of("h100", name)) == bool(re.search(r"lightning.* 8 heads", name))
+    assert "triton" not in text
