@@ -63,7 +63,14 @@ def platform() -> str:
 def why_not(implementation: str) -> str | None:
     """Return why a Pallas implementation, "mosaic_tpu" or "mosaic_gpu", cannot run here; None where it can."""
     needed = implementation.removeprefix("mosaic_")
-    if is_interpreted() or platform() == needed:
+    if is_interpreted() or _PLATFORM.get() == needed:
+        return None
+    if needed == platform() == "gpu":
+        device = jax.devices()[0]  # its products are instructions of Hopper that later generations do not have either
+        found = getattr(device, "compute_capability", "")
+        is_hopper = str(found).startswith("9.")
+        return None if is_hopper else f"it needs a Hopper GPU (compute capability 9), and found {device.device_kind}"
+    if needed == platform():
         return None
     return f"it needs a {needed.upper()}, and programs are made for a {platform().upper()} here"
 

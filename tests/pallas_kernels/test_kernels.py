@@ -1,6 +1,7 @@
 """The kernels of GPUs and TPUs, interpreted on a CPU, against the recurrence in float64."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from m1jax.pallas_kernels.compat import interpreted
 from m1jax.pallas_kernels.gated_norm import gated_norm
 from m1jax.pallas_kernels.lightning_attention import fused_decode, lightning_attention, lightning_decode, slopes
+from m1jax.pallas_kernels.lightning_attention.api import choose
 from m1jax.pallas_kernels.lightning_attention.blocks import DEAD, ENTER, LEAVE, START, THROUGH, TIME, tables
 from m1jax.pallas_kernels.shapes import NUMERIC_SHAPES, Lightning, draw
 
@@ -253,6 +255,17 @@ def test_gated_norm_formulas_are_finite_differences():
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [("9.0", "mosaic_gpu"), ("8.0", "xla"), ("10.0", "xla")])
+def test_only_hopper_has_the_instructions_of_the_gpu_kernel(monkeypatch, capability, chosen):
+    device = SimpleNamespace(compute_capability=capability, device_kind="a GPU")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert choose(None, jnp.dtype("bfloat16"), 128) == chosen
+    if chosen == "xla":
+        with pytest.raises(ValueError, match=r"it needs a Hopper GPU \(compute capability 9\), and found a GPU"):
+            choose("mosaic_gpu", jnp.dtype("bfloat16"), 128)
 
 
 def test_a_named_kernel_that_cannot_run_here_says_why():

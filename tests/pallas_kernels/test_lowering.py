@@ -50,3 +50,17 @@ def test_lowers_to_mosaic_gpu(name):
     assert kernels_of("h100", name) <= found <= 2 * kernels_of("h100", name)
     assert (found > kernels_of("h100", name)) == bool(re.search(r"lightning.* 8 heads", name))
     assert "triton" not in text
+
+
+@pytest.mark.parametrize("target", ["h100", "v5p"])
+def test_decode_changes_a_donated_pool_in_place(target):
+    """From the argument of the program through the kernel to its result there is one buffer."""
+    function, (arguments,) = programs(target)["decode, 64 rows of 256 slots, 64 heads of 128"]
+    pool = arguments.pop("state_SNHH")
+    checks = [export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+    with lowering_for("gpu" if target == "h100" else "tpu"), use_abstract_mesh(H100):
+        step = jax.jit(lambda pool, others: function({**others, "state_SNHH": pool}), donate_argnums=0)
+        platforms = ["cuda" if target == "h100" else "tpu"]
+        text = export.export(step, platforms=platforms, disabled_checks=checks)(pool, arguments).mlir_module()
+    assert re.search(r"tensor<256x64x128x128xf32> \{[^}]*tf.aliasing_output = 2", text)
+    assert "output_operand_alias<output_tuple_indices = [2]" in text
