@@ -7,7 +7,7 @@ STAMP := $(VENV)/.m1jax-setup
 PYTEST := JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format study bench
+.PHONY: help setup demo test test-slow lint format study bench bench-kernels
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ study: setup  ## CISPO, DAPO and GRPO over seeds, tuning included: one to two ho
 
 bench: setup  ## seconds by stage, lightning core against length, tokens per second
 	$(RUN) -m experiments.bench
+
+bench-kernels: setup  ## kernels against the roofline and their peers: CPU, GPU or TPU
+	$(RUN) -m experiments.bench.kernels
 
 # Made again when pyproject.toml changes. Python 3.11 is tried first: the numbers in the READMEs come from it.
 $(STAMP): pyproject.toml

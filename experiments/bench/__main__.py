@@ -11,15 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "2")  # as the demo, before JAX starts
-
-import jax
 
 from experiments import cli
 from experiments.bench import core, page, stages
@@ -49,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure what is asked for, print it, write it down."""
-    a, results = arguments, {"machine": machine()}
+    a, results = arguments, {"machine": core.machine()}
     if a.only != "stages":
         results["core"] = core.measure(a.lengths, a.softmax_longest, a.heads, a.head_dim, a.block, a.rounds)
     if a.only != "core":
@@ -58,20 +53,6 @@ def bench(arguments: argparse.Namespace) -> None:
     (a.workdir / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
     page.draw(a.workdir / "bench.png", results)
     print("\n".join(["", *page.lines(results), "", f"written: {a.workdir / 'bench.json'}, {a.workdir / 'bench.png'}"]))
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.split(":", 1)[1].strip() for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
-              if line.startswith("model name")]  # fmt: skip
-    return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "backend": jax.default_backend(),
-        "devices": jax.device_count(),
-        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("jax", "jaxlib", "flax", "numpy")},
-    }
 
 
 if __name__ == "__main__":

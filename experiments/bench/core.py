@@ -6,9 +6,14 @@ run in turn, round after round, so that a busy moment of the machine falls on al
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -72,20 +77,48 @@ def program(kind: str, way: str, tokens: int, heads: int, head_dim: int, block: 
 
 def interleaved_medians(programs: Mapping[Name, Callable[[], Any]], rounds: int) -> tuple[dict[Name, float], float]:
     """Median seconds of each program over `rounds` rounds of all, and the seconds of their first calls together."""
-    start = time.perf_counter()
-    for run in programs.values():
-        run()
-    first = time.perf_counter() - start
-    seconds: dict[Name, list[float]] = {name: [] for name in programs}
+    first = sum(seconds_of(run) for run in programs.values())
+    return take_turns({name: partial(seconds_of, run) for name, run in programs.items()}, rounds), first
+
+
+def take_turns(clocks: Mapping[Name, Callable[[], float]], rounds: int, rest: float = 0.0) -> dict[Name, float]:
+    """Median of the seconds that each clock tells, over `rounds` rounds of all.
+
+    Args:
+        clocks: each runs something and tells its seconds.
+        rounds: times that each is asked.
+        rest: pause after each, in its own seconds.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in clocks}
     for _ in range(rounds):
-        for name, run in programs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}, first
+        for name, clock in clocks.items():
+            seconds[name].append(clock())
+            time.sleep(rest * seconds[name][-1])
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def log_log_slope(points: Sequence[tuple[float, float]]) -> float:
     """Exponent p of seconds ~ tokens^p by least squares on the logarithms: 1 is linear, 2 quadratic."""
     tokens, seconds = np.log(np.array(points, float)).T
     return float(np.polyfit(tokens, seconds, 1)[0])
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.split(":", 1)[1].strip() for line in (cpuinfo.read_text() if cpuinfo.exists() else "").splitlines()
+              if line.startswith("model name")]  # fmt: skip
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "versions": {"python": platform.python_version()} | {n: version(n) for n in ("jax", "jaxlib", "flax", "numpy")},
+    }

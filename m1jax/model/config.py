@@ -69,7 +69,7 @@ class ModelConfig:
         remat: "none", or "layer" to keep only each layer's input for the backward pass.
         scan_layers: training scans over the layers of a kind: compile time does not grow with depth. False runs them
             one after another, which is faster on a CPU. With a cache they always do.
-        lightning_chunk: chunk length of the lightning recurrence in training and prefill.
+        lightning_chunk: chunk length of the lightning recurrence in training and prefill, for "xla".
         attention_block: block length of softmax attention.
         head_rows: tokens whose logits exist at the same time in training; 0 chooses as many as make 64 MiB.
         kernels: who computes attention. Runs set it by their own section of that name.
@@ -104,7 +104,7 @@ class ModelConfig:
     param_dtype: str = "float32"
     remat: str = "none"
     scan_layers: bool = True
-    lightning_chunk: int = 128
+    lightning_chunk: int = 64
     attention_block: int = 128
     head_rows: int = 0
     kernels: KernelConfig = KernelConfig()

@@ -83,6 +83,14 @@ def test_what_goes_wrong_in_a_side_is_one_line(make_side, tmp_path):
         Side("gone", [str(tmp_path / "nothing")], os.sched_getaffinity(0), tmp_path / "gone.log")
 
 
+def test_what_is_forgotten_cannot_be_measured(make_side):
+    side = make_side("peer", "b")
+    side.ask("prepare", name="rl 1")
+    assert side.ask("forget", name="rl 1") == {}
+    with pytest.raises(SideFailed, match="peer: measure rl 1: KeyError"):
+        side.ask("measure", name="rl 1")
+
+
 def test_parity_takes_the_largest_difference(make_side):
     found = parity([make_side("m1jax", "a"), make_side("peer", "b")], rows=2, tokens=3)
     assert found == {

@@ -2,6 +2,7 @@
 
     {"do": "prepare", "name": "forward 4x1024"}   build, compile, warm up   {"wall": s, "cpu": s, "parameters": n, ...}
     {"do": "measure", "name": "forward 4x1024"}   run it once               {"wall": s, "cpu": s, ...}
+    {"do": "forget", "name": "forward 4x1024"}    let go of its memory      {}
     {"do": NAME, ...}                             the side's own function   its result
 
 A reply {"error": line} says what went wrong. Python's standard library only: this file runs under every interpreter.
@@ -79,7 +80,12 @@ def serve(
         seconds, values = timed(ready[name].run)
         return seconds | dict(values or {})
 
-    functions = {"versions": lambda: versions, "prepare": prepared, "measure": measure, **(others or {})}
+    def forget(name: str) -> Mapping[str, Any]:
+        del ready[name]
+        return {}
+
+    functions = {"versions": lambda: versions, "prepare": prepared, "measure": measure, "forget": forget}
+    functions |= others or {}
     for line in sys.stdin:
         request = json.loads(line)
         try:

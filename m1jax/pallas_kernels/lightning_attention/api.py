@@ -67,7 +67,7 @@ def lightning_attention(
     *,
     segment_ids_BT: jax.Array | None = None,
     initial_state_BNHH: jax.Array | None = None,
-    chunk: int = 128,
+    chunk: int = 64,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the outputs of every token and the state after the last live one.
