@@ -45,7 +45,7 @@ from m1jax.errors import UserError
 from m1jax.pallas_kernels.compat import lowering_for
 from m1jax.pallas_kernels.gated_norm import gated_norm
 from m1jax.pallas_kernels.lightning_attention import fused_decode, lightning_attention
-from m1jax.pallas_kernels.shapes import TARGET_SHAPES, abstract
+from m1jax.pallas_kernels.shapes import TARGET_SHAPES
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -94,19 +94,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def programs(target: str) -> dict[str, Program]:
     """`{name: (function, abstract arguments)}`: every operation with a kernel of ours, at all `TARGET_SHAPES`."""
     implementation = "mosaic_gpu" if target == "h100" else "mosaic_tpu"
-    operations = {
-        "lightning": (lightning_attention, ("q_BTNH", "k_BTNH", "v_BTNH", "initial_state_BNHH")),
-        "decode": (fused_decode, ()),
-        "gated_norm": (partial(gated_norm, eps=1e-6), ("o_MX", "gate_MX", "scale_X")),
-    }
+    attend = partial(lightning_attention, implementation=implementation)
+    decode = partial(fused_decode, implementation=implementation)
+    norm = partial(gated_norm, eps=1e-6, implementation=implementation)
+    qkv, rows = ("q_BTNH", "k_BTNH", "v_BTNH", "initial_state_BNHH"), ("o_MX", "gate_MX", "scale_X")
     found = {}
-    for name, (operation, trained) in operations.items():
-        run = partial(operation, implementation=implementation)
-        for shape in TARGET_SHAPES[name]:
-            arguments = abstract(shape, jnp.bfloat16)
-            found[f"{name}, {shape}"] = (partial(forward, run), (arguments,))
-            if trained:
-                found[f"{name} and gradients, {shape}"] = (partial(both_ways, run, trained), (arguments,))
+    for shape in TARGET_SHAPES["lightning"]:
+        for dtype in (jnp.bfloat16, jnp.float32) if implementation == "mosaic_tpu" else (jnp.bfloat16,):
+            arguments, name = shape.arrays(dtype), f"{shape}{', float32' if dtype == jnp.float32 else ''}"
+            found[f"lightning, {name}"] = (partial(forward, attend), (arguments,))
+            found[f"lightning and gradients, {name}"] = (partial(both_ways, attend, qkv), (arguments,))
+    for shape in TARGET_SHAPES["decode"]:
+        found[f"decode, {shape}"] = (partial(forward, decode), (shape.arrays(jnp.bfloat16),))
+    for shape in TARGET_SHAPES["gated_norm"]:
+        arguments = shape.arrays(jnp.bfloat16)
+        square_M = jax.ShapeDtypeStruct((shape.M,), jnp.float32)
+        found[f"gated norm, {shape}"] = (partial(forward, norm), (arguments,))
+        found[f"gated norm of known squares, {shape}"] = (partial(forward, norm), (arguments | {"square_M": square_M},))
+        found[f"gated norm and gradients, {shape}"] = (partial(both_ways, norm, rows), (arguments,))
     return found
 
 

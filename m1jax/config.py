@@ -40,6 +40,9 @@ def named_function(name: str, field: str) -> Callable[..., Any]:
         raise ValueError(f"{field}: cannot load {name!r} ({error}); write module:function") from error
 
 
+DERIVED = {"derived": True}
+"""Metadata of a field that another part of the config sets: no key of a file, and not written to one."""
+
 MISSING = "(absent)"
 """What `changed_keys` reports for the side that lacks a key."""
 
@@ -61,7 +64,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{path}: expected a section with keys, found {_show(values)}")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # pyright: ignore[reportArgumentType]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata != DERIVED}  # pyright: ignore[reportArgumentType]
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
@@ -83,7 +86,7 @@ def build(cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
 def to_dict(value: Any) -> Any:
     """Plain JSON values of a dataclass (or of a tree of dataclasses, mappings and sequences); tuples become lists."""
     if dataclasses.is_dataclass(value):
-        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata != DERIVED}
     if isinstance(value, Mapping):
         return {str(key): to_dict(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):

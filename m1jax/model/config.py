@@ -6,8 +6,10 @@ are the same decoder with softmax layers only, `num_experts` 0 and `postnorm` Fa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import groupby
+
+from m1jax.config import DERIVED
 
 LAYER_KINDS = ("lightning", "softmax")
 REMAT = ("none", "layer")
@@ -72,7 +74,7 @@ class ModelConfig:
         lightning_chunk: chunk length of the lightning recurrence in training and prefill, for "xla".
         attention_block: block length of softmax attention.
         head_rows: tokens whose logits exist at the same time in training; 0 chooses as many as make 64 MiB.
-        kernels: who computes attention. Runs set it by their own section of that name.
+        kernels: who computes attention; set by the section of that name of a run.
     """
 
     vocab_size: int
@@ -107,7 +109,7 @@ class ModelConfig:
     lightning_chunk: int = 64
     attention_block: int = 128
     head_rows: int = 0
-    kernels: KernelConfig = KernelConfig()
+    kernels: KernelConfig = field(default=KernelConfig(), metadata=DERIVED)
 
     def __post_init__(self):
         positive = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim",
@@ -139,16 +141,6 @@ class ModelConfig:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be float32, bfloat16 or float64")
         if self.remat not in REMAT:
             raise ValueError(f"remat: {self.remat!r} must be one of {REMAT}")
-
-    def with_kernels(self, kernels: KernelConfig) -> ModelConfig:
-        """The same decoder computed by `kernels`, those of the run that it is part of.
-
-        Raises:
-            ValueError: it was given others of its own.
-        """
-        if self.kernels not in (KernelConfig(), kernels):
-            raise ValueError("model.kernels: leave it out, and set the section kernels instead")
-        return replace(self, kernels=kernels)
 
     @property
     def num_periods(self) -> int:

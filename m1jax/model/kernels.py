@@ -22,9 +22,14 @@ def lightning_kernel(config: ModelConfig) -> str:
 
 def check_kernels(config: ModelConfig) -> None:
     """Raise UserError before a run begins where a kernel that its config names cannot do the work."""
-    try:
-        lightning_kernel(config)
-    except ValueError as error:
-        raise UserError(f"config.kernels.lightning: {error}, or 'auto'") from error
-    if config.kernels.softmax == "splash" and (reason := why_not("mosaic_tpu")):
-        raise UserError(f"config.kernels.softmax: 'splash' cannot run here: {reason}; choose 'auto'")
+    if "lightning" in config.kinds:
+        try:
+            lightning_kernel(config)
+        except ValueError as error:
+            raise UserError(f"config.kernels.lightning: {error}, or 'auto'") from error
+    if config.kernels.softmax == "splash":
+        reason = why_not("mosaic_tpu")
+        if config.dtype == "float64":
+            reason = "it computes in float32, and model.dtype is float64"
+        if reason:
+            raise UserError(f"config.kernels.softmax: 'splash' cannot run here: {reason}; choose 'auto'")

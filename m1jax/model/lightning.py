@@ -47,10 +47,10 @@ class LightningAttention(nn.Module):
             qkv_BTN3H = jax.nn.silu(at_least_float32(qkv_BTN3H)).astype(dtype)
             o_BTNH, state = lightning_attention(
                 qkv_BTN3H[:, :, :, 0], qkv_BTN3H[:, :, :, 1], qkv_BTN3H[:, :, :, 2], slopes_N,
-                segment_ids_BT=segment_ids_BT, initial_state_BNHH=cache and cache["state"],
+                segment_ids_BT=segment_ids_BT, initial_state_BNHH=None if cache is None else cache["state"],
                 chunk=c.lightning_chunk, implementation=kernel,
             )  # fmt: skip
-            cache = cache and {"state": state}
+            cache = None if cache is None else {"state": state}
         gate_MX, o_MX = u_MD @ w_gate.reshape(D, -1), o_BTNH.reshape(B * T, N * H)
         gated_MX = GatedNorm(c, name="norm")(o_MX, gate_MX, square_M)
         return gated_MX @ w_out.reshape(-1, D), cache

@@ -125,7 +125,8 @@ def product(
     a = plgpu.transpose_ref(a, (1, 0)) if transpose_a else a
     b = plgpu.transpose_ref(b, (1, 0)) if transpose_b else b
     if onto is not None:
-        return pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.WGMMAAccumulatorRef.init(onto))
+        total: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.WGMMAAccumulatorRef.init(onto))
+        return total
 
     def multiply(sums):
         plgpu.wgmma(sums, a, b)

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import ShapeDtypeStruct
+from jax.typing import DTypeLike
+
+Arrays = dict[str, ShapeDtypeStruct]
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,14 @@ class Lightning:
     segments: int = 0
 
     def __str__(self):
-        packed = f", {self.segments} segments" if self.segments else ""
-        return f"{self.B} x {self.T}, {self.N} heads of {self.H}{packed}"
+        return f"{self.B} x {self.T}, {self.N} heads of {self.H}{_packed(self.segments)}"
+
+    def arrays(self, dtype: DTypeLike) -> Arrays:
+        """Return the arguments of `lightning_attention` by name."""
+        B, T, N, H, wide = self.B, self.T, self.N, self.H, jnp.promote_types(dtype, jnp.float32)
+        qkv = {f"{x}_BTNH": ShapeDtypeStruct((B, T, N, H), dtype) for x in "qkv"}
+        state = {"initial_state_BNHH": ShapeDtypeStruct((B, N, H, H), wide)}
+        return qkv | {"slopes_N": ShapeDtypeStruct((N,), wide)} | state | _segments(B, T, self.segments)
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,17 @@ class Decode:
     def __str__(self):
         return f"{self.B} rows of {self.S} slots, {self.N} heads of {self.H}"
 
+    def arrays(self, dtype: DTypeLike) -> Arrays:
+        """Return the arguments of `fused_decode` by name."""
+        B, N, H, wide = self.B, self.N, self.H, jnp.promote_types(dtype, jnp.float32)
+        return {
+            "qkv_BN3H": ShapeDtypeStruct((B, N, 3, H), dtype),
+            "slopes_N": ShapeDtypeStruct((N,), wide),
+            "state_SNHH": ShapeDtypeStruct((self.S, N, H, H), wide),
+            "slots_B": ShapeDtypeStruct((B,), jnp.int32),
+            "live_B": ShapeDtypeStruct((B,), jnp.bool_),
+        }
+
 
 @dataclass(frozen=True)
 class GatedNorm:
@@ -52,6 +73,12 @@ class GatedNorm:
 
     def __str__(self):
         return f"{self.M} tokens, {self.N} heads of {self.H}"
+
+    def arrays(self, dtype: DTypeLike) -> Arrays:
+        """Return the arrays of `gated_norm` by name."""
+        X, wide = self.N * self.H, jnp.promote_types(dtype, jnp.float32)
+        rows = {f"{x}_MX": ShapeDtypeStruct((self.M, X), dtype) for x in ("o", "gate")}
+        return rows | {"scale_X": ShapeDtypeStruct((X,), wide)}
 
 
 @dataclass(frozen=True)
@@ -66,8 +93,24 @@ class Softmax:
     segments: int = 0
 
     def __str__(self):
-        packed = f", {self.segments} segments" if self.segments else ""
-        return f"{self.B} x {self.T}, {self.N}/{self.K} heads of {self.H}{packed}"
+        return f"{self.B} x {self.T}, {self.N}/{self.K} heads of {self.H}{_packed(self.segments)}"
+
+    def arrays(self, dtype: DTypeLike) -> Arrays:
+        """Return q, k and v of `softmax_attention`, and the segment ids of its rows, by name."""
+        q = {"q_BTNH": ShapeDtypeStruct((self.B, self.T, self.N, self.H), dtype)}
+        kv = {f"{x}_BTKH": ShapeDtypeStruct((self.B, self.T, self.K, self.H), dtype) for x in "kv"}
+        return q | kv | _segments(self.B, self.T, self.segments)
+
+
+Shape = Lightning | Decode | GatedNorm | Softmax
+
+
+def _packed(segments):
+    return f", {segments} segments" if segments else ""
+
+
+def _segments(rows, tokens, segments):
+    return {"segment_ids_BT": ShapeDtypeStruct((rows, tokens), jnp.int32)} if segments else {}
 
 
 NUMERIC_SHAPES = {
@@ -130,44 +173,19 @@ def segment_ids(rows: int, tokens: int, segments: int) -> np.ndarray | None:
     return ids
 
 
-def abstract(shape: Lightning | Decode | GatedNorm | Softmax, dtype: jax.typing.DTypeLike) -> dict[str, object]:
-    """Return the arguments of the shape's operation by name, as `jax.ShapeDtypeStruct`; absent ones are left out."""
-    like = lambda *dims, dtype=dtype: jax.ShapeDtypeStruct(dims, dtype)  # noqa: E731
-    s, wide = shape, jnp.promote_types(dtype, jnp.float32)
-    match shape:
-        case Lightning():
-            out = {f"{x}_BTNH": like(s.B, s.T, s.N, s.H) for x in "qkv"}
-            out |= {"slopes_N": like(s.N, dtype=wide), "initial_state_BNHH": like(s.B, s.N, s.H, s.H, dtype=wide)}
-            return out | ({"segment_ids_BT": like(s.B, s.T, dtype=jnp.int32)} if s.segments else {})
-        case Decode():
-            return {
-                "qkv_BN3H": like(s.B, s.N, 3, s.H),
-                "slopes_N": like(s.N, dtype=wide),
-                "state_SNHH": like(s.S, s.N, s.H, s.H, dtype=wide),
-                "slots_B": like(s.B, dtype=jnp.int32),
-                "live_B": like(s.B, dtype=jnp.bool_),
-            }
-        case GatedNorm():
-            out = {f"{x}_MX": like(s.M, s.N * s.H) for x in ("o", "gate")}
-            return out | {"scale_X": like(s.N * s.H, dtype=wide)}
-        case Softmax():
-            out = {"q_BTNH": like(s.B, s.T, s.N, s.H)} | {f"{x}_BTKH": like(s.B, s.T, s.K, s.H) for x in "kv"}
-            return out | ({"segment_ids_BT": like(s.B, s.T, dtype=jnp.int32)} if s.segments else {})
-
-
-def draw(shape: Lightning | Decode | GatedNorm | Softmax, dtype: jax.typing.DTypeLike, seed: int = 0) -> dict:
-    """Return `abstract` filled with random normal values; rows take the slots from the last on, all live."""
-    out = {}
-    for number, (name, like) in enumerate(abstract(shape, dtype).items()):
-        key = jax.random.fold_in(jax.random.key(seed), number)
+def draw(shape: Shape, dtype: DTypeLike, seed: int = 0) -> dict[str, jax.Array]:
+    """Return `shape.arrays` filled with random normal values; rows take the slots from the last on, all live."""
+    out, arrays = {}, shape.arrays(dtype)
+    for number, (name, like) in enumerate(arrays.items()):
         if name == "segment_ids_BT":
-            out[name] = jnp.asarray(segment_ids(shape.B, shape.T, shape.segments))
+            out[name] = jnp.asarray(segment_ids(like.shape[0], like.shape[1], getattr(shape, "segments", 0)))
         elif name == "slots_B":
-            out[name] = jnp.arange(shape.S, dtype=jnp.int32)[::-1][: shape.B]
+            out[name] = jnp.arange(arrays["state_SNHH"].shape[0], dtype=jnp.int32)[::-1][: like.shape[0]]
         elif name == "live_B":
-            out[name] = jnp.ones(shape.B, bool)
+            out[name] = jnp.ones(like.shape, bool)
         elif name == "slopes_N":
-            out[name] = jnp.asarray(2.0 ** (-8 * np.arange(1, shape.N + 1) / shape.N) / 2, like.dtype)
+            (N,) = like.shape
+            out[name] = jnp.asarray(2.0 ** (-8 * np.arange(1, N + 1) / N) / 2, like.dtype)
         else:
-            out[name] = jax.random.normal(key, like.shape, like.dtype)
+            out[name] = jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), like.shape, like.dtype)
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -166,7 +167,7 @@ class RLConfig:
     kernels: KernelConfig = KernelConfig()
 
     def __post_init__(self):
-        object.__setattr__(self, "model", self.model.with_kernels(self.kernels))
+        object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels))
         if self.steps < 0:
             raise ValueError(f"steps: {self.steps} must be at least 0 (0 evaluates only)")
         if self.sampling.top_p < 1 or self.sampling.top_k > 0:

@@ -145,8 +145,7 @@ def _of_checkpoint(path: Path, checkpoint: Path) -> Pretrained:
     values = meta.get("config", {})
     if "model" not in values:
         raise UserError(f"{checkpoint}: its meta.json says nothing of the model; it is no checkpoint of m1jax")
-    network = {name: value for name, value in values["model"].items() if name != "kernels"}  # those suited its machine
-    config = build(ModelConfig, network, f"{checkpoint}: config.model")
+    config = build(ModelConfig, values["model"], f"{checkpoint}: config.model")
     stored = StoredLeaves(checkpoint / STATE)
     wanted = {leaf: shape for leaf, (shape, _) in leaf_shapes(config).items()}
     for leaf in sorted(wanted.keys() | stored.shapes.keys()):

@@ -9,6 +9,7 @@ learnt, questions too, which makes a base model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class SFTConfig:
     kernels: KernelConfig = KernelConfig()
 
     def __post_init__(self):
-        object.__setattr__(self, "model", self.model.with_kernels(self.kernels))
+        object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels))
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps} must be at least 1")
         if self.loss_on not in LOSS_ON:

@@ -27,6 +27,16 @@ def lowered(target: str, name: str) -> str:
         return export.export(jitted, platforms=[platform], disabled_checks=checks)(*arguments).mlir_module()
 
 
+def test_float32_is_multiplied_at_the_highest_precision():
+    """An interpreter does so anyway; a matrix unit would round to bfloat16."""
+    function, arguments = programs("v5p")["lightning and gradients, 8 x 2048, 8 heads of 64, float32"]
+    with lowering_for("tpu"):
+        text = str(jax.make_jaxpr(function)(*arguments))
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    kernels = re.findall(r"precision=\(?Precision\.(\w+)", text) or re.findall(r"precision=(\w+)", text)
+    assert products and set(kernels) == {"HIGHEST"}, kernels
+
+
 def kernels_of(target: str, name: str) -> int:
     """Return how many kernels a program must hold."""
     if "gradients" not in name:

@@ -12,6 +12,7 @@ import pytest
 from jax import export
 
 from m1jax.pallas_kernels.compat import interpreted, lowering_for
+from m1jax.pallas_kernels.shapes import TARGET_SHAPES
 from m1jax.pallas_kernels.softmax_attention import softmax_attention
 
 B, T, N, K, H = 2, 19, 4, 2, 6
@@ -289,7 +290,7 @@ def test_without_segment_ids_a_row_is_one_segment():
         )
 
 
-M1 = (1, 16384, 64, 8, 128)
+TARGETS = [(s.B, s.T, s.N, s.K, s.H) for s in TARGET_SHAPES["softmax"]]
 
 
 def lowered(platform, shape, dtype, packed, **settings):
@@ -318,7 +319,7 @@ def cudnn_here(monkeypatch):
 
 
 @pytest.mark.parametrize("implementation", ["cudnn", None])
-@pytest.mark.parametrize(("shape", "dtype"), [(M1, jnp.bfloat16), ((2, 100, 4, 4, 64), jnp.float16)])
+@pytest.mark.parametrize(("shape", "dtype"), [*((s, jnp.bfloat16) for s in TARGETS), ((2, 100, 4, 4, 64), jnp.float16)])
 def test_cudnn_is_called_on_gpus(shape, dtype, implementation, cudnn_here):
     """By default too, with key/value heads as they are, and with no array of scores beside it."""
     forward, backward = lowered("gpu", shape, dtype, packed=False, implementation=implementation)
@@ -332,7 +333,8 @@ def test_cudnn_is_called_on_gpus(shape, dtype, implementation, cudnn_here):
 
 @pytest.mark.parametrize("implementation", ["splash", None])
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [(M1, jnp.bfloat16), ((2, 1100, 4, 2, 96), jnp.float32), ((1, 40, 4, 1, 16), jnp.float32)]
+    ("shape", "dtype"),
+    [*((s, jnp.bfloat16) for s in TARGETS), ((2, 1100, 4, 2, 96), jnp.float32), ((1, 40, 4, 1, 16), jnp.float32)],
 )
 def test_splash_is_lowered_for_tpus(shape, dtype, implementation):
     """By default too; one kernel forward, and three with the backward pass."""

@@ -17,7 +17,7 @@ from m1jax.pallas_kernels import lightning_attention as lightning
 from m1jax.pallas_kernels import softmax_attention as softmax
 from m1jax.pallas_kernels.gated_norm.api import IMPLEMENTATIONS as NORMS
 from m1jax.pallas_kernels.lightning_attention.api import IMPLEMENTATIONS as LIGHTNINGS
-from m1jax.pallas_kernels.shapes import Decode, GatedNorm, Lightning, Softmax, abstract
+from m1jax.pallas_kernels.shapes import Decode, GatedNorm, Lightning, Softmax
 from m1jax.pallas_kernels.softmax_attention.api import IMPLEMENTATIONS as SOFTMAXES
 
 Shape = Lightning | Decode | GatedNorm | Softmax
@@ -101,7 +101,7 @@ CROSSOVER = Op(
 def refusal(op: Op, shape: Shape, dtype: str, implementation: str) -> str | None:
     """Why the operation refuses to run so here, in its own words or those of a library; None where it does not."""
     try:
-        jax.eval_shape(lambda inputs: op.call(inputs, implementation), abstract(shape, dtype))
+        jax.eval_shape(lambda inputs: op.call(inputs, implementation), shape.arrays(dtype))
     except ValueError as error:
         return str(error).split("\n")[0]
     except RuntimeError as error:  # from JAX, where cuDNN is missing

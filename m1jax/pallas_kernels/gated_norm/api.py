@@ -52,19 +52,26 @@ def gated_norm(
         )
     if square_M is not None and square_M.shape != o_MX.shape[:1]:
         raise ValueError(f"square has shape {square_M.shape}, but o of shape {o_MX.shape} asks for {o_MX.shape[:1]}")
-    wide = jnp.promote_types(o_MX.dtype, gate_MX.dtype) == jnp.float64
     if implementation is None:
         kernel = f"mosaic_{compat.platform()}"
-        implementation = kernel if kernel in IMPLEMENTATIONS and not wide else "xla"
+        implementation = kernel if kernel in IMPLEMENTATIONS and not _why_not(kernel, o_MX, gate_MX) else "xla"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"gated_norm has no implementation {implementation!r}; available: {sorted(IMPLEMENTATIONS)}")
-    if implementation != "xla":
-        reason = "it computes in float32, and found float64" if wide else compat.why_not(implementation)
-        if reason:
-            raise ValueError(f"gated_norm by {implementation!r} cannot run here: {reason}; choose 'xla'")
+    if reason := _why_not(implementation, o_MX, gate_MX):
+        raise ValueError(f"gated_norm by {implementation!r} cannot run here: {reason}; choose 'xla'")
     if square_M is None:
         return _trained(implementation, eps, o_MX, gate_MX, scale_X)
     return IMPLEMENTATIONS[implementation].forward(o_MX, gate_MX, scale_X, square_M, eps)
+
+
+def _why_not(implementation, *arrays):
+    """Return why an implementation cannot do this, or None."""
+    if implementation == "xla":
+        return None
+    found = {x.dtype.name for x in arrays}
+    if not found <= {"float32", "bfloat16"}:
+        return f"it takes bfloat16 and float32, and found {' and '.join(sorted(found))}"
+    return compat.why_not(implementation)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

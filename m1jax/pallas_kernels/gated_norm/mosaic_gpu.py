@@ -13,7 +13,6 @@ from m1jax.pallas_kernels.gated_norm import xla
 THREADS = 128
 """Of a warpgroup: a row is dealt out to them in equal shares, so it is padded to a multiple."""
 
-
 VECTOR = 4
 """Neighbours that a thread loads at once."""
 

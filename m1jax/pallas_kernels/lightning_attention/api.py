@@ -110,6 +110,8 @@ def lightning_attention(
         _check_shape("segment_ids", segment_ids_BT, (B, T))
     if initial_state_BNHH is not None:
         _check_shape("initial_state", initial_state_BNHH, (B, N, H, H))
+    for name, array in (("k", k_BTNH), ("v", v_BTNH)):
+        _check_dtype(name, array, q_BTNH.dtype)
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}, but a chunk holds at least one token")
     inputs = jax.tree.map(jnp.asarray, (q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH))
@@ -130,13 +132,16 @@ def lightning_decode(
 ) -> tuple[jax.Array, jax.Array]:
     """Return output and state of one further token per row: the recurrence of `lightning_attention`, taken once.
 
+    For inference: the kernels have no gradient of it.
+
     Args:
         q_BNH, k_BNH, v_BNH: floating [B, N, H].
         slopes_N: floating [N].
         state_SNHH: float32 [S, N, H (keys), H (values)], a pool of states as `lightning_attention` leaves them. Donate
-            it to the surrounding jit, and the kernels change it in place.
-        slots_B: int32 [B], the slot of each row's state; a live row's slot is no other row's. None: S is B, and row b
-            has slot b.
+            it to the surrounding jit, and the kernels change it in place (on a GPU for heads of 64 and 128; others
+            are padded, which copies the pool).
+        slots_B: int32 [B], each in 0..S-1, the slot of each row's state; a live row's slot is no other row's. None: S
+            is B, and row b has slot b.
         live_B: bool [B]; a row that is not live keeps its state and its output is 0. None: all are live.
         implementation: as in `lightning_attention`.
 
@@ -148,8 +153,9 @@ def lightning_decode(
     """
     if q_BNH.ndim != 3:
         raise ValueError(f"q must be [B, N, H], found {q_BNH.shape}")
-    _check_shape("k", k_BNH, q_BNH.shape)
-    _check_shape("v", v_BNH, q_BNH.shape)
+    for name, array in (("k", k_BNH), ("v", v_BNH)):
+        _check_shape(name, array, q_BNH.shape)
+        _check_dtype(name, array, q_BNH.dtype)
     qkv_BN3H = jnp.stack([q_BNH, k_BNH, v_BNH], axis=2)
     o_BNH, _, state_SNHH = _decode(qkv_BN3H, slopes_N, state_SNHH, slots_B, live_B, implementation, activate=False)
     return o_BNH, state_SNHH
@@ -193,12 +199,19 @@ def _decode(qkv_BN3H, slopes_N, state_SNHH, slots_B, live_B, implementation, *, 
     for name, array in (("slots", slots_B), ("live", live_B)):
         if array is not None:
             _check_shape(name, array, (B,))
+    if state_SNHH.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"state is {state_SNHH.dtype}, and states are float32: less forgets slow heads")
     chosen = choose(implementation, qkv_BN3H.dtype, H)
     if chosen.startswith("mosaic"):  # kernels read both from memory
         slots_B = jnp.arange(B, dtype=jnp.int32) if slots_B is None else slots_B
         live_B = jnp.ones(B, bool) if live_B is None else live_B
     inputs = jax.tree.map(jnp.asarray, (qkv_BN3H, jax.lax.stop_gradient(slopes_N), state_SNHH, slots_B, live_B))
     return IMPLEMENTATIONS[chosen].decode(*inputs, activate=activate)
+
+
+def _check_dtype(name: str, x: jax.Array, expected: jnp.dtype) -> None:
+    if x.dtype != expected or not jnp.issubdtype(expected, jnp.floating):
+        raise ValueError(f"{name} is {x.dtype} and q is {expected}; q, k and v have one floating dtype")
 
 
 def _check_shape(name: str, x: jax.Array, expected: tuple[int, ...]) -> None:

@@ -234,15 +234,14 @@ def _decode_kernel(slopes, slots, live, qkv, pool, o, square, *, activate):
 
     @pl.when(live[row] > 0)
     def _():
-        v, total = vector(2, 0, H, by_column), None
+        v, total = vector(2, 0, H, by_column), compat.zeros((H,), jnp.float32, by_column)
         for start in range(0, H, SLICE):
             rows, shape = pl.ds(start, SLICE), (SLICE, H)
             q, k = (lax.broadcast_in_dim(vector(i, start, SLICE, by_row), shape, (0,)) for i in (0, 1))
             old = compat.load(state.at[rows], plgpu.Layout.WGMMA, optimized=False)
             new = jnp.exp(-slope) * old + k * lax.broadcast_in_dim(v, shape, (1,))
             state[rows] = new
-            part = jnp.sum(q * new, axis=0)
-            total = part if total is None else total + part
+            total += jnp.sum(q * new, axis=0)
         out = total.astype(dtype)
         o[row, head] = out
         square[row, head] = jnp.sum(out.astype(jnp.float32) * out.astype(jnp.float32))

@@ -59,8 +59,9 @@ class Walk(Protocol):
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def lightning_attention(walk: Walk, q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH):
     """Return o_BTNH and the final state, by `walk`; `api.lightning_attention` says what the arguments mean."""
+    qkv = _silence((q_BTNH, k_BTNH, v_BTNH), segment_ids_BT)
     (o_BTNH,), (state_BNHH,) = walk(
-        (q_BTNH, k_BTNH, v_BTNH), (Job(0, 1, 2),), slopes_N, segment_ids_BT, (initial_state_BNHH,), reverse=False
+        qkv, (Job(0, 1, 2),), slopes_N, segment_ids_BT, (initial_state_BNHH,), reverse=False
     )
     return o_BTNH, state_BNHH
 
@@ -72,6 +73,7 @@ def _forward(walk, *inputs):
 def _backward(walk, inputs, cotangents):
     q, k, v, slopes_N, segments, state = inputs
     do, dstate = cotangents
+    q, k, v, do = _silence((q, k, v, do), segments)
     (dq,), _ = walk((do, v, k), (Job(0, 1, 2),), slopes_N, segments, (state.swapaxes(2, 3),), reverse=False)
     (dk, dv), (_, dstate) = walk(
         (q, k, v, do), (Job(2, 3, 0), Job(1, 0, 3)), slopes_N, segments, (dstate.swapaxes(2, 3), dstate), reverse=True
@@ -80,6 +82,17 @@ def _backward(walk, inputs, cotangents):
 
 
 lightning_attention.defvjp(_forward, _backward)
+
+
+def _silence(tensors_BTNH, segment_ids_BT):
+    """Return the tensors with zeros at padding: what stands there may be infinite, and a decay of 0 times that is NaN.
+
+    XLA makes it part of what computes them.
+    """
+    if segment_ids_BT is None:
+        return tensors_BTNH
+    live_BT11 = (segment_ids_BT > 0)[:, :, None, None]
+    return tuple(jnp.where(live_BT11, x, 0) for x in tensors_BTNH)
 
 
 class Decays(NamedTuple):
