@@ -42,16 +42,6 @@ SHORTEST_SPAN = 16
 """Blocks of a span at least: below, the second launch costs more than idle processors."""
 
 
-def lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH, *, chunk):
-    """Return o_BTNH and the final state; `api.lightning_attention` says what the arguments mean."""
-    del chunk  # the kernel's own
-    B, _, N, H = q_BTNH.shape
-    if initial_state_BNHH is None:
-        initial_state_BNHH = jnp.zeros((B, N, H, H), jnp.float32)
-    state_BNHH = initial_state_BNHH.astype(jnp.float32)
-    return two_pass.lightning_attention(walk, q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, state_BNHH)
-
-
 def walk(tensors_BTNH, jobs, slopes_N, segment_ids_BT, states_BNHH, *, reverse):
     """`two_pass.Walk` on a GPU."""
     (B, T, N, H), slopes_N = tensors_BTNH[0].shape, slopes_N.astype(jnp.float32)
@@ -69,6 +59,9 @@ def walk(tensors_BTNH, jobs, slopes_N, segment_ids_BT, states_BNHH, *, reverse):
     outputs, states = launch(states, outputs=True)
     last = 0 if reverse else -1
     return [x[:, :T, :, :H] for x in outputs], [x[:, :, last, :H, :H] for x in states]
+
+
+lightning_attention = two_pass.by(walk)
 
 
 def _spans(programs, blocks):

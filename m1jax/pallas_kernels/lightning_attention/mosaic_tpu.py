@@ -26,16 +26,6 @@ BLOCK = 128
 """Tokens of a block: a row of v5's matrix unit. Memory-bound from here on, so longer ones only compute more."""
 
 
-def lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH, *, chunk):
-    """Return o_BTNH and the final state; `api.lightning_attention` says what the arguments mean."""
-    del chunk  # the kernel's own
-    B, _, N, H = q_BTNH.shape
-    if initial_state_BNHH is None:
-        initial_state_BNHH = jnp.zeros((B, N, H, H), jnp.float32)
-    state_BNHH = initial_state_BNHH.astype(jnp.float32)
-    return two_pass.lightning_attention(walk, q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, state_BNHH)
-
-
 def walk(tensors_BTNH, jobs, slopes_N, segment_ids_BT, states_BNHH, *, reverse):
     """`two_pass.Walk` on a TPU."""
     (B, T, N, H), dtype = tensors_BTNH[0].shape, tensors_BTNH[0].dtype
@@ -70,6 +60,9 @@ def walk(tensors_BTNH, jobs, slopes_N, segment_ids_BT, states_BNHH, *, reverse):
     )(slopes_N.astype(jnp.float32), table, *tensors, *states)
     outputs = [x.reshape(B, -1, N, Hp)[:, :T, :, :H] for x in out[: len(jobs)]]
     return outputs, [x[:, :, :H, :H] for x in out[len(jobs) :]]
+
+
+lightning_attention = two_pass.by(walk)
 
 
 def _kernel(slopes, table, *refs, jobs, tensors, heads, reverse):

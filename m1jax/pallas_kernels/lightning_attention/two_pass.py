@@ -56,9 +56,22 @@ class Walk(Protocol):
         ...
 
 
+def by(walk: Walk) -> Callable:
+    """Return the implementation of `api.lightning_attention` by `walk`, whose blocks are the kernel's own."""
+
+    def lightning_attention(q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH, *, chunk):
+        del chunk
+        B, _, N, H = q_BTNH.shape
+        if initial_state_BNHH is None:
+            initial_state_BNHH = jnp.zeros((B, N, H, H), jnp.float32)
+        state_BNHH = initial_state_BNHH.astype(jnp.float32)
+        return _attend(walk, q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, state_BNHH)
+
+    return lightning_attention
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def lightning_attention(walk: Walk, q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH):
-    """Return o_BTNH and the final state, by `walk`; `api.lightning_attention` says what the arguments mean."""
+def _attend(walk, q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH):
     qkv = _silence((q_BTNH, k_BTNH, v_BTNH), segment_ids_BT)
     (o_BTNH,), (state_BNHH,) = walk(
         qkv, (Job(0, 1, 2),), slopes_N, segment_ids_BT, (initial_state_BNHH,), reverse=False
@@ -67,7 +80,7 @@ def lightning_attention(walk: Walk, q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_id
 
 
 def _forward(walk, *inputs):
-    return lightning_attention(walk, *inputs), inputs
+    return _attend(walk, *inputs), inputs
 
 
 def _backward(walk, inputs, cotangents):
@@ -81,7 +94,7 @@ def _backward(walk, inputs, cotangents):
     return dq, dk, dv, None, None, dstate
 
 
-lightning_attention.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _silence(tensors_BTNH, segment_ids_BT):
