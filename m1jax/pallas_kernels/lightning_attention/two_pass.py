@@ -65,16 +65,16 @@ def by(walk: Walk) -> Callable:
         if initial_state_BNHH is None:
             initial_state_BNHH = jnp.zeros((B, N, H, H), jnp.float32)
         state_BNHH = initial_state_BNHH.astype(jnp.float32)
-        return _attend(walk, q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, state_BNHH)
+        qkv = (_silence(x, segment_ids_BT) for x in (q_BTNH, k_BTNH, v_BTNH))
+        return _attend(walk, *qkv, slopes_N, segment_ids_BT, state_BNHH)
 
     return lightning_attention
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(walk, q_BTNH, k_BTNH, v_BTNH, slopes_N, segment_ids_BT, initial_state_BNHH):
-    qkv = _silence((q_BTNH, k_BTNH, v_BTNH), segment_ids_BT)
     (o_BTNH,), (state_BNHH,) = walk(
-        qkv, (Job(0, 1, 2),), slopes_N, segment_ids_BT, (initial_state_BNHH,), reverse=False
+        (q_BTNH, k_BTNH, v_BTNH), (Job(0, 1, 2),), slopes_N, segment_ids_BT, (initial_state_BNHH,), reverse=False
     )
     return o_BTNH, state_BNHH
 
@@ -85,8 +85,7 @@ def _forward(walk, *inputs):
 
 def _backward(walk, inputs, cotangents):
     q, k, v, slopes_N, segments, state = inputs
-    do, dstate = cotangents
-    q, k, v, do = _silence((q, k, v, do), segments)
+    do, dstate = _silence(cotangents[0], segments), cotangents[1]
     (dq,), _ = walk((do, v, k), (Job(0, 1, 2),), slopes_N, segments, (state.swapaxes(2, 3),), reverse=False)
     (dk, dv), (_, dstate) = walk(
         (q, k, v, do), (Job(2, 3, 0), Job(1, 0, 3)), slopes_N, segments, (dstate.swapaxes(2, 3), dstate), reverse=True
@@ -97,15 +96,14 @@ def _backward(walk, inputs, cotangents):
 _attend.defvjp(_forward, _backward)
 
 
-def _silence(tensors_BTNH, segment_ids_BT):
-    """Return the tensors with zeros at padding: what stands there may be infinite, and a decay of 0 times that is NaN.
+def _silence(x_BTNH, segment_ids_BT):
+    """Return `x` with zeros at padding: what stands there may be infinite, and a decay of 0 times that is NaN.
 
-    XLA makes it part of what computes them.
+    XLA makes it part of what computes `x`.
     """
     if segment_ids_BT is None:
-        return tensors_BTNH
-    live_BT11 = (segment_ids_BT > 0)[:, :, None, None]
-    return tuple(jnp.where(live_BT11, x, 0) for x in tensors_BTNH)
+        return x_BTNH
+    return jnp.where((segment_ids_BT > 0)[:, :, None, None], x_BTNH, 0)
 
 
 class Decays(NamedTuple):
