@@ -131,7 +131,6 @@ TARGET_SHAPES = {
         Lightning(B=1, T=16_384, N=64, H=128, segments=8),
         Lightning(B=1, T=65_536, N=8, H=128),  # one of eight tensor-parallel shards
         Lightning(B=1, T=131_072, N=64, H=128),
-        Lightning(B=1, T=1_048_576, N=64, H=128),
         Lightning(B=1, T=1_048_576, N=8, H=128, segments=2),
         Lightning(B=4, T=4_096, N=8, H=128),  # a model of width 1024
         Lightning(B=8, T=2_048, N=8, H=64),

@@ -102,7 +102,8 @@ def test_in_bfloat16_kernels_are_no_further_from_the_record_than_plain_jax(imple
     kept, tokens_BT = numbers["positions"] < T, jnp.asarray(numbers["input_ids"][:, :T])
     error = {}
     for each in ("xla", implementation):
-        config = with_kernel(name, each, "bfloat16")
+        # Layer by layer: Flax refuses a scan over what the GPU interpreter's callbacks return.
+        config = dataclasses.replace(with_kernel(name, each, "bfloat16"), scan_layers=False)
         run = compiled(config)
         with interpreted():
             whole_BTV, _ = run(params, tokens_BT, jnp.ones_like(tokens_BT))

@@ -207,12 +207,13 @@ def decode(qkv_BN3H, slopes_N, state_SNHH, slots_B, live_B, *, activate):
     pool = compat.changing(two_pass.pad_heads(state_SNHH, Hp, (2, 3)))
     o_BNH, square_BN = compat.gpu_kernel(
         partial(_decode_kernel, activate=activate),
-        out_type=[jax.ShapeDtypeStruct((B, N, Hp), qkv_BN3H.dtype), jax.ShapeDtypeStruct((B, N), jnp.float32)],
+        # Rounded outputs, stored as float32: a thread's two bfloat16 fill no sector of memory.
+        out_type=[jax.ShapeDtypeStruct((B, N, Hp), jnp.float32), jax.ShapeDtypeStruct((B, N), jnp.float32)],
         grid=(B, N),
         grid_names=("row", "head"),
         name="lightning_decode",
     )(slopes_N.astype(jnp.float32), slots_B, live_B.astype(jnp.int32), two_pass.pad_heads(qkv_BN3H, Hp), pool)
-    return o_BNH[:, :, :H], square_BN, jax.freeze(pool)[:, :, :H, :H]
+    return o_BNH[:, :, :H].astype(qkv_BN3H.dtype), square_BN, jax.freeze(pool)[:, :, :H, :H]
 
 
 def _decode_kernel(slopes, slots, live, qkv, pool, o, square, *, activate):
@@ -235,11 +236,11 @@ def _decode_kernel(slopes, slots, live, qkv, pool, o, square, *, activate):
             new = jnp.exp(-slope) * old + k * lax.broadcast_in_dim(v, shape, (1,))
             state[rows] = new
             total += jnp.sum(q * new, axis=0)
-        out = total.astype(dtype)
+        out = total.astype(dtype).astype(jnp.float32)
         o[row, head] = out
-        square[row, head] = jnp.sum(out.astype(jnp.float32) * out.astype(jnp.float32))
+        square[row, head] = jnp.sum(out * out)
 
     @pl.when(live[row] == 0)
     def _():
-        o[row, head] = compat.zeros((H,), dtype, by_column)
+        o[row, head] = compat.zeros((H,), jnp.float32, by_column)
         square[row, head] = jnp.float32(0)

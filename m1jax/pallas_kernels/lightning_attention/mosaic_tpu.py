@@ -1,8 +1,9 @@
 """Lightning attention on a TPU: blocks in order along a sequential grid axis, the states in VMEM between them.
 
 Grid (rows, groups of heads, blocks). Tensors are seen as [B, T, N * H]: with H padded to a lane tile of 128, a head is
-a whole number of tiles of a block [C, heads * H], so that nothing is transposed on the way in or out. Each state stays
-in VMEM in float32 from a row's first block to its last; what a walk moves through HBM is its tensors, once each.
+a whole number of tiles of a block [C, heads * H], so that the kernel transposes nothing. Each state stays in VMEM in
+float32 from a row's first block to its last; what a walk moves through HBM is its tensors, once each. XLA tiles
+[N, H] and [T, N * H] differently: tensors that come or go as [B, T, N, H] it lays out anew, one more pass over each.
 
 Matrix units take what they are given: bfloat16 inputs multiply as bfloat16 with float32 sums (the decayed scores, the
 decayed values and a copy of the state are rounded to it first), float32 inputs at the highest precision.
