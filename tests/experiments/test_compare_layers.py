@@ -572,7 +572,8 @@ def test_modes_show_rounding_and_a_loud_channel_shows_in_the_bfloat16_head(capsy
     places = ["layer 0 (lightning)", "layer 1 (softmax)", "head's input"]
     for name in (EXACT, ROUNDED, TRUTH):
         assert list(plain[name]) == [*places, "float32 head", "bfloat16 head", "culprit"], name
-        assert plain[name]["culprit"] == "layers"
+        # Between two float32 paths the head may be either: one flip of a bfloat16 rounding outweighs all other gaps.
+        assert name == EXACT or plain[name]["culprit"] == "layers"
     assert all(plain[EXACT][place][0] < 2e-6 for place in places)
     assert all(5e-4 < plain[name]["head's input"][0] < 0.2 for name in (ROUNDED, TRUTH))
     assert plain[EXACT]["float32 head"][0] == 1 and plain[EXACT]["float32 head"][2] < 1e-5
