@@ -148,6 +148,7 @@ def test_a_named_kernel_that_cannot_run_is_one_line_before_the_run_begins(tmp_pa
         build(RLConfig, values)
 
 
+@pytest.mark.slow
 def test_update_and_rollout_of_a_run_use_the_chosen_kernel(tmp_path, monkeypatch):
     """One generation batch by the TPU's kernels, interpreted: what was sampled has the trainer's probabilities."""
     traced = set()
