@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from m1jax.config import build
+from m1jax.config import build, to_dict
 from m1jax.errors import UserError
 from m1jax.model import cache as cache_lib
 from m1jax.model import transformer
@@ -22,6 +22,8 @@ from m1jax.pallas_kernels.compat import interpreted, lowering_for
 from m1jax.pallas_kernels.lightning_attention import api
 from m1jax.rl.loop import train
 from m1jax.rl.settings import RLConfig
+from m1jax.train.sft import SFTConfig
+from m1jax.train.sft import train as fine_tune
 from tests import runs
 from tests.model import golden
 
@@ -136,6 +138,14 @@ def run_config(folder, **kernels):
     return build(RLConfig, runs.rl_values(folder, steps=1, evaluation__every=10) | {"kernels": kernels})
 
 
+def test_a_run_keeps_its_choice_in_one_place(tmp_path):
+    config = run_config(tmp_path, lightning="reference")
+    assert config.model.kernels.lightning == "reference"
+    written = to_dict(config)
+    assert written["kernels"]["lightning"] == "reference" and "kernels" not in written["model"]
+    assert build(RLConfig, written) == config
+
+
 def test_a_named_kernel_that_cannot_run_is_one_line_before_the_run_begins(tmp_path):
     with pytest.raises(UserError, match=r"config.kernels.lightning: .*'mosaic_tpu' cannot run here: .*'auto'"):
         train(run_config(tmp_path, lightning="mosaic_tpu"), tmp_path)
@@ -143,6 +153,8 @@ def test_a_named_kernel_that_cannot_run_is_one_line_before_the_run_begins(tmp_pa
         train(run_config(tmp_path, softmax="splash"), tmp_path)
     with pytest.raises(UserError, match=r"config.kernels.lightning: 'triton' must be one of"):
         run_config(tmp_path, lightning="triton")
+    with pytest.raises(UserError, match=r"config.kernels.lightning: .*'mosaic_gpu' cannot run here"):
+        fine_tune(build(SFTConfig, runs.sft_values(kernels={"lightning": "mosaic_gpu"})), tmp_path)
     values = runs.rl_values(tmp_path, model__kernels={"lightning": "xla"})
     with pytest.raises(UserError, match=r"config.model.kernels: unknown key"):
         build(RLConfig, values)
