@@ -45,6 +45,7 @@ from m1jax.errors import UserError
 from m1jax.pallas_kernels.compat import lowering_for
 from m1jax.pallas_kernels.gated_norm import gated_norm
 from m1jax.pallas_kernels.lightning_attention import fused_decode, lightning_attention
+from m1jax.pallas_kernels.moe import expert_mlp
 from m1jax.pallas_kernels.shapes import TARGET_SHAPES
 
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -97,6 +98,7 @@ def programs(target: str) -> dict[str, Program]:
     attend = partial(lightning_attention, implementation=implementation)
     decode = partial(fused_decode, implementation=implementation)
     norm = partial(gated_norm, eps=1e-6, implementation=implementation)
+    experts = partial(expert_mlp, implementation=implementation)
     qkv, rows = ("q_BTNH", "k_BTNH", "v_BTNH", "initial_state_BNHH"), ("o_MX", "gate_MX", "scale_X")
     found = {}
     for shape in TARGET_SHAPES["lightning"]:
@@ -112,6 +114,11 @@ def programs(target: str) -> dict[str, Program]:
         found[f"gated norm, {shape}"] = (partial(forward, norm), (arguments,))
         found[f"gated norm of known squares, {shape}"] = (partial(forward, norm), (arguments | {"square_M": square_M},))
         found[f"gated norm and gradients, {shape}"] = (partial(both_ways, norm, rows), (arguments,))
+    trained = ("x_TD", "combine_weights_TA", "w_gate_EDF", "w_up_EDF", "w_down_EFD")
+    for shape in TARGET_SHAPES["experts"]:
+        arguments = shape.arrays(jnp.bfloat16)
+        found[f"experts, {shape}"] = (partial(forward, experts), (arguments,))
+        found[f"experts and gradients, {shape}"] = (partial(both_ways, experts, trained), (arguments,))
     return found
 
 

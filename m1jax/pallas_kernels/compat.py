@@ -78,14 +78,24 @@ def why_not(implementation: str) -> str | None:
 # -- Mosaic GPU --------------------------------------------------------------------------------------------------
 
 
-def gpu_kernel(body: Any, *, name: str, grid: tuple[int, ...], grid_names: tuple[str, ...], out_type: Any) -> Any:
-    """Return the function that launches `body(*inputs, *outputs)`; an input that is a `jax.Ref` changes in place."""
+def gpu_kernel(
+    body: Any, *, name: str, grid: tuple[int, ...], grid_names: tuple[str, ...], out_type: Any, threads: int = 1
+) -> Any:
+    """Return the function that launches `body(*inputs, *outputs)`; an input that is a `jax.Ref` changes in place.
+
+    With several `threads` a program has as many warpgroups, along the axis "warpgroup".
+    """
     # Not plgpu.kernel: that of 0.10.2 takes no references. Lane semantics: layouts are the ones that a kernel names,
     # in every version; 0.11 made the other the default.
     return pl.kernel(
         body,
         out_type=out_type,
-        mesh=plgpu.Mesh(grid=grid, grid_names=grid_names),
+        mesh=plgpu.Mesh(
+            grid=grid,
+            grid_names=grid_names,
+            num_threads=threads if threads > 1 else None,
+            thread_name="warpgroup" if threads > 1 else None,
+        ),
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=InterpretGPUParams() if is_interpreted() else False,
         name=name,
@@ -133,3 +143,35 @@ def product(
         return sums[...]
 
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def sums_of_products(count: int, shape: tuple[int, int], steps: Any, step: Any) -> tuple[jax.Array, ...]:
+    """Return `count` float32 sums that `step(c, add)` adds to in order: `add(i, a, b, transpose_a=, transpose_b=)`.
+
+    The tensor cores work on while a step goes on: `a` and `b` are free once `plgpu.wgmma_wait` says so.
+    """
+    if is_interpreted():
+
+        def interpret(c, sums):
+            sums = list(sums)
+
+            def add(i, a, b, **transposed):
+                sums[i] = product(a, b, onto=sums[i], **transposed)
+
+            step(c, add)
+            return tuple(sums)
+
+        return jax.lax.fori_loop(0, steps, interpret, tuple(jnp.zeros(shape, jnp.float32) for _ in range(count)))
+
+    def scoped(*sums):
+        def add(i, a, b, *, transpose_a=False, transpose_b=False):
+            a = plgpu.transpose_ref(a, (1, 0)) if transpose_a else a
+            b = plgpu.transpose_ref(b, (1, 0)) if transpose_b else b
+            plgpu.wgmma(sums[i], a, b)
+
+        jax.lax.fori_loop(0, steps, lambda c, _: step(c, add), None)
+        plgpu.wgmma_wait(0)
+        return tuple(x[...] for x in sums)
+
+    found: Any = pl.run_scoped(scoped, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * count)
+    return found

@@ -102,7 +102,34 @@ class Softmax:
         return q | kv | _segments(self.B, self.T, self.segments)
 
 
-Shape = Lightning | Decode | GatedNorm | Softmax
+@dataclass(frozen=True)
+class Experts:
+    """T tokens of width D, each to A of E experts of width F; `routing` as `expert_ids` draws it."""
+
+    T: int
+    D: int
+    F: int
+    E: int
+    A: int
+    routing: str = "balanced"
+
+    def __str__(self):
+        return f"{self.T} tokens of {self.D}, {self.A} of {self.E} experts of {self.F}, {self.routing}"
+
+    def arrays(self, dtype: DTypeLike) -> Arrays:
+        """Return the arguments of `expert_mlp` by name."""
+        T, D, F, E, A, wide = self.T, self.D, self.F, self.E, self.A, jnp.promote_types(dtype, jnp.float32)
+        return {
+            "x_TD": ShapeDtypeStruct((T, D), dtype),
+            "expert_ids_TA": ShapeDtypeStruct((T, A), jnp.int32),
+            "combine_weights_TA": ShapeDtypeStruct((T, A), wide),
+            "w_gate_EDF": ShapeDtypeStruct((E, D, F), dtype),
+            "w_up_EDF": ShapeDtypeStruct((E, D, F), dtype),
+            "w_down_EFD": ShapeDtypeStruct((E, F, D), dtype),
+        }
+
+
+Shape = Lightning | Decode | GatedNorm | Softmax | Experts
 
 
 def _packed(segments):
@@ -122,6 +149,13 @@ NUMERIC_SHAPES = {
     ),
     "decode": (Decode(B=3, S=3, N=4, H=64), Decode(B=3, S=5, N=4, H=128), Decode(B=2, S=4, N=4, H=16)),
     "gated_norm": (GatedNorm(M=5, N=4, H=16), GatedNorm(M=130, N=2, H=64)),
+    "experts": (
+        Experts(T=150, D=128, F=128, E=4, A=2, routing="balanced"),
+        Experts(T=150, D=128, F=128, E=4, A=2, routing="zipf"),
+        Experts(T=150, D=128, F=128, E=4, A=2, routing="one"),
+        Experts(T=70, D=48, F=200, E=5, A=2, routing="empty"),  # widths with zeros behind
+        Experts(T=3, D=256, F=384, E=8, A=3, routing="balanced"),  # more experts than a step reaches
+    ),
 }
 
 TARGET_SHAPES = {
@@ -150,6 +184,15 @@ TARGET_SHAPES = {
         Softmax(B=1, T=16_384, N=64, K=8, H=128, segments=8),
         Softmax(B=1, T=4_096, N=8, K=8, H=128),
     ),
+    "experts": (
+        Experts(T=16_384, D=6_144, F=9_216, E=32, A=2),
+        Experts(T=16_384, D=6_144, F=9_216, E=32, A=2, routing="zipf"),
+        Experts(T=64, D=6_144, F=9_216, E=32, A=2),  # a step of decoding
+        Experts(T=65_536, D=6_144, F=9_216, E=4, A=2),  # one of eight expert-parallel shards
+        Experts(T=16_384, D=1_024, F=1_536, E=32, A=2),  # a model of width 1024
+        Experts(T=65_536, D=1_024, F=1_536, E=32, A=2, routing="zipf"),
+        Experts(T=4_096, D=512, F=768, E=32, A=2),
+    ),
 }
 
 
@@ -172,14 +215,39 @@ def segment_ids(rows: int, tokens: int, segments: int) -> np.ndarray | None:
     return ids
 
 
+def expert_ids(shape: Experts) -> np.ndarray:
+    """Return int32 [T, A]: the experts that each token goes to, by `shape.routing`.
+
+    "balanced": in turn; "zipf": expert e in proportion to 1 / (e + 1), distinct in each token; "one": all to one expert;
+    "empty": to A experts only, the others get none.
+    """
+    T, E, A, rng = shape.T, shape.E, shape.A, np.random.default_rng([shape.T, shape.E])
+    if shape.routing == "balanced":
+        ids = (np.arange(T)[:, None] * A + np.arange(A)) % E
+    elif shape.routing == "zipf":  # the A largest of log-weights with Gumbel noise are A draws without replacement
+        ids = np.argsort(np.log(np.arange(1, E + 1)) - rng.gumbel(size=(T, E)), axis=1)[:, :A]
+    elif shape.routing == "one":
+        ids = np.full((T, A), E - 2)
+    elif shape.routing == "empty":
+        ids = rng.permuted(np.tile(np.arange(1, 1 + A), (T, 1)), axis=1)
+    else:
+        raise ValueError(f"routing: {shape.routing!r} must be balanced, zipf, one or empty")
+    return ids.astype(np.int32)
+
+
 def draw(shape: Shape, dtype: DTypeLike, seed: int = 0) -> dict[str, jax.Array]:
-    """Return `shape.arrays` filled with random normal values; rows take the slots from the last on, all live."""
+    """Return `shape.arrays` filled with random normal values, weights scaled to keep their inputs' size.
+
+    Rows take the slots from the last on, all live; combine weights of a token sum to 1.
+    """
     out, arrays = {}, shape.arrays(dtype)
     for number, (name, like) in enumerate(arrays.items()):
         if name == "segment_ids_BT":
             out[name] = jnp.asarray(segment_ids(like.shape[0], like.shape[1], getattr(shape, "segments", 0)))
         elif name == "slots_B":
             out[name] = jnp.arange(arrays["state_SNHH"].shape[0], dtype=jnp.int32)[::-1][: like.shape[0]]
+        elif name == "expert_ids_TA" and isinstance(shape, Experts):
+            out[name] = jnp.asarray(expert_ids(shape))
         elif name == "live_B":
             out[name] = jnp.ones(like.shape, bool)
         elif name == "slopes_N":
@@ -187,4 +255,8 @@ def draw(shape: Shape, dtype: DTypeLike, seed: int = 0) -> dict[str, jax.Array]:
             out[name] = jnp.asarray(2.0 ** (-8 * np.arange(1, N + 1) / N) / 2, like.dtype)
         else:
             out[name] = jax.random.normal(jax.random.fold_in(jax.random.key(seed), number), like.shape, like.dtype)
+            if name.startswith("w_"):
+                out[name] = out[name] / np.sqrt(like.shape[1]).astype(like.dtype)
+            elif name == "combine_weights_TA":
+                out[name] = jax.nn.softmax(out[name])
     return out

@@ -3,12 +3,42 @@
 import jax
 import jax.numpy as jnp
 
-from m1jax.pallas_kernels.moe import reference, xla
+from m1jax.pallas_kernels import compat
+from m1jax.pallas_kernels.moe import mosaic_gpu, mosaic_tpu, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.expert_mlp,
     "xla": xla.expert_mlp,
+    "mosaic_tpu": mosaic_tpu.expert_mlp,
+    "mosaic_gpu": mosaic_gpu.expert_mlp,
 }
+"""`reference` computes every expert for every token, `xla` is plain JAX in blocks, the others kernels for one device."""
+
+
+def choose(implementation: str | None, dtype: jnp.dtype) -> str:
+    """Return the implementation to use: the named one, or for None the best one of what programs are made for.
+
+    Raises:
+        ValueError: the named one does not exist or cannot run here; another is never taken in its place.
+    """
+    if implementation is None:
+        kernel = f"mosaic_{compat.platform()}"
+        return kernel if kernel in IMPLEMENTATIONS and not _why_not(kernel, dtype) else "xla"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"expert_mlp has no implementation {implementation!r}; available: {sorted(IMPLEMENTATIONS)}")
+    if reason := _why_not(implementation, dtype):
+        raise ValueError(f"expert_mlp by {implementation!r} cannot run here: {reason}; choose 'xla'")
+    return implementation
+
+
+def _why_not(implementation: str, dtype: jnp.dtype) -> str | None:
+    """Return why an implementation cannot do this, or None."""
+    if not implementation.startswith("mosaic"):
+        return None
+    allowed = {"mosaic_tpu": ("bfloat16", "float32"), "mosaic_gpu": ("bfloat16",)}[implementation]
+    if jnp.dtype(dtype).name not in allowed:
+        return f"its matrix units multiply {' and '.join(allowed)}, and x is {jnp.dtype(dtype).name}"
+    return compat.why_not(implementation)
 
 
 def expert_mlp(
@@ -40,7 +70,7 @@ def expert_mlp(
         y_TD in the dtype of x, with gradients to all arguments but the ids.
 
     Raises:
-        ValueError: shapes disagree, or there is no such implementation.
+        ValueError: shapes or dtypes disagree, or the implementation does not exist or cannot run here.
     """
     if x_TD.ndim != 2 or w_gate_EDF.ndim != 3:
         raise ValueError(f"x must be [T, D] and w_gate [E, D, F], found {x_TD.shape} and {w_gate_EDF.shape}")
@@ -54,12 +84,6 @@ def expert_mlp(
     ):
         if array.shape != expected:
             raise ValueError(f"{name} has shape {array.shape}, but x and the others ask for {expected}")
-    if implementation is None:
-        implementation = "xla"  # the best one on every backend, until a backend has its own kernel
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"expert_mlp has no implementation {implementation!r} on {jax.default_backend()}; "
-            f"available: {sorted(IMPLEMENTATIONS)}"
-        )
+    chosen = choose(implementation, x_TD.dtype)
     inputs = x_TD, expert_ids_TA, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD
-    return IMPLEMENTATIONS[implementation](*map(jnp.asarray, inputs))
+    return IMPLEMENTATIONS[chosen](*map(jnp.asarray, inputs))

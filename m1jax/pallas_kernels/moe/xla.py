@@ -1,16 +1,4 @@
-"""The experts' MLPs as a counting sort and a loop over blocks of rows, in plain JAX with a hand-written backward.
-
-A row is one pair (token, selected expert); there are R = T A. Rows are put in expert order and every expert's rows
-are filled up to whole blocks of C slots, so that one block needs one expert's weights:
-
-    selected     t0: e1 e2    t1: e0 e1    t2: e1 e2                     R = 6 rows, E = 3, C = 2
-    block           0         1         2         3
-    slots        t1  --    t0  t1    t2  --    t0  t2                    G = 4 blocks, enough for any routing
-    expert          0         1         1         2
-
-G is known beforehand, so shapes are static and no row is ever dropped. The order is known in both directions (the
-slot of a row, the row of a slot), so rows move by gathers only, backward too: a scatter-add of rows is slow on CPU,
-and elsewhere adds in an order that may change.
+"""The experts' MLPs as a loop over blocks of rows (layout.py), in plain JAX with a hand-written backward.
 
 The loop goes over the experts and, within, over the blocks that an expert really has: its weights are fetched once,
 the activations of one block stay in cache, and empty experts and unused blocks cost nothing. The forward pass keeps
@@ -18,11 +6,12 @@ gate and up where a backward pass is to follow. A handful of tokens (a decode st
 that reads each weight once, where it lies, and copying an expert's weights out takes longer than its products.
 """
 
-from functools import partial, reduce
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+
+from m1jax.pallas_kernels.moe.layout import layout_of, sum_of_rows, tokens_of
 
 FEW_TOKENS = 16
 """Up to this many tokens go through every expert, where there are no more than two experts to a row."""
@@ -55,13 +44,14 @@ def _in_blocks(x_TD, expert_ids_TA, combine_weights_TA, *weights):
 
 def _forward(x_TD, expert_ids_TA, combine_weights_TA, *weights, keep):
     """(y_TD, the layout, gate_SF and up_SF if they are to be kept)."""
-    layout, product = _layout(expert_ids_TA, weights[0].shape[0]), _product(x_TD)
+    E, product = weights[0].shape[0], _product(x_TD)
+    layout = layout_of(expert_ids_TA, E, _block_size(expert_ids_TA.size, E))
 
     def one_expert(slots, expert):
         begin, end, w_gate_DF, w_up_DF, w_down_FD = expert
 
         def block(g, slots):
-            x_CD = _tokens(x_TD, layout.rows_GC[g], layout)
+            x_CD = tokens_of(x_TD, layout.rows_GC[g], layout)
             gate_CF, up_CF = product("cd,df->cf", x_CD, w_gate_DF), product("cd,df->cf", x_CD, w_up_DF)
             out_CD = product("cf,fd->cd", (jax.nn.silu(gate_CF) * up_CF).astype(x_TD.dtype), w_down_FD)
             return [_put(all_SX, g, new_CX) for all_SX, new_CX in zip(slots, (out_CD, gate_CF, up_CF), strict=keep)]
@@ -71,7 +61,7 @@ def _forward(x_TD, expert_ids_TA, combine_weights_TA, *weights, keep):
     (D, F), S = weights[0].shape[1:], layout.rows_GC.size
     slots = [jnp.zeros((S, width), _wide(x_TD)) for width in ((D, F, F) if keep else (D,))]
     (out_SD, *kept), _ = jax.lax.scan(one_expert, slots, (layout.begin_E, layout.end_E, *weights))
-    return _sum_rows(out_SD, layout, combine_weights_TA).astype(x_TD.dtype), layout, kept
+    return sum_of_rows(out_SD, layout, combine_weights_TA).astype(x_TD.dtype), layout, kept
 
 
 def _fwd(*inputs):
@@ -91,7 +81,7 @@ def _bwd(saved, dy_TD):
         def block(g, sums):
             dweights, (dx_SD, dcombine_S) = sums
             rows_C = layout.rows_GC[g]
-            x_CD, dy_CD = _tokens(x_TD, rows_C, layout), _tokens(dy_TD, rows_C, layout)
+            x_CD, dy_CD = tokens_of(x_TD, rows_C, layout), tokens_of(dy_TD, rows_C, layout)
             combine_C1 = combine_R.at[rows_C, None].get(mode="fill", fill_value=0)
             gate_CF, up_CF = (jax.lax.dynamic_slice_in_dim(x_SF, g * C, C) for x_SF in (gate_SF, up_SF))
             sigmoid_CF = jax.nn.sigmoid(gate_CF)
@@ -118,7 +108,7 @@ def _bwd(saved, dy_TD):
 
     slots = jnp.zeros((layout.rows_GC.size, x_TD.shape[1]), _wide(x_TD)), jnp.zeros(layout.rows_GC.size, _wide(x_TD))
     (dx_SD, dcombine_S), dweights = jax.lax.scan(one_expert, slots, (layout.begin_E, layout.end_E, *weights))
-    dx_TD = _sum_rows(dx_SD, layout).astype(x_TD.dtype)
+    dx_TD = sum_of_rows(dx_SD, layout).astype(x_TD.dtype)
     return dx_TD, None, dcombine_S[layout.slot_TA].astype(combine_weights_TA.dtype), *dweights
 
 
@@ -130,30 +120,6 @@ def _put(all_SX, g, new_CX):
     return jax.lax.dynamic_update_slice_in_dim(all_SX, new_CX.astype(all_SX.dtype), g * new_CX.shape[0], axis=0)
 
 
-class _Layout(NamedTuple):
-    """Where every row is: int32 arrays."""
-
-    slot_TA: jax.Array  # [T, A], index of the row's slot among all G C
-    rows_GC: jax.Array  # [G, C], index t A + a of the slot's row; R in an empty slot, which no array of rows has
-    begin_E: jax.Array  # [E], first block of each expert
-    end_E: jax.Array  # [E], the block behind its last
-
-
-def _layout(expert_ids_TA, num_experts):
-    """Return the layout: a counting sort, stable, so equal ids give equal sums."""
-    (T, A), E = expert_ids_TA.shape, num_experts
-    R = T * A
-    C = _block_size(R, E)
-    G = (R + E * (C - 1)) // C  # every expert can waste all but one slot of one block
-    mine_RE = expert_ids_TA.reshape(R, 1) == jnp.arange(E)
-    counted_RE = jnp.cumsum(mine_RE, axis=0, dtype=jnp.int32)
-    blocks_E = (counted_RE[-1] + C - 1) // C
-    ends_E = jnp.cumsum(blocks_E)
-    slot_R = jnp.sum(jnp.where(mine_RE, (ends_E - blocks_E) * C + counted_RE - 1, 0), axis=1)
-    rows_S = jnp.full(G * C, R, jnp.int32).at[slot_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
-    return _Layout(slot_R.reshape(T, A), rows_S.reshape(G, C), ends_E - blocks_E, ends_E)
-
-
 def _block_size(num_rows, num_experts):
     """Return C: about a quarter of an expert's mean share, so that an eighth of the slots are empty.
 
@@ -161,20 +127,6 @@ def _block_size(num_rows, num_experts):
     """
     quarter = max(num_rows // (4 * num_experts), 1)
     return min(max(1 << (quarter.bit_length() - 1), 16), 256)
-
-
-def _tokens(x_TD, rows_C, layout):
-    """Return [C, D], the token of every slot, zeros in empty ones: those then add zero to everything."""
-    return x_TD.at[rows_C // layout.slot_TA.shape[1]].get(mode="fill", fill_value=0)
-
-
-def _sum_rows(slots_SD, layout, combine_weights_TA=None):
-    """Return [T, D], the (weighted) sum of each token's A slots, always added in the same order."""
-    # One gather per a: XLA on CPU runs a gather of [T, A, D] and its sum four times slower.
-    rows = [slots_SD.at[slot_T].get(mode="promise_in_bounds") for slot_T in layout.slot_TA.T]
-    if combine_weights_TA is not None:
-        rows = [combine_T[:, None] * row_TD for combine_T, row_TD in zip(combine_weights_TA.T, rows, strict=True)]
-    return reduce(jnp.add, rows)
 
 
 def _wide(x):
