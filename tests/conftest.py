@@ -18,3 +18,26 @@ FLAGS = ["--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([*FLAGS, *os.environ.get("XLA_FLAGS", "").split()])
+
+
+def _compile_interpreted_threads_once():
+    """JAX 0.10 compiles an interpreted kernel of several warpgroups anew for each of them in each of its programs."""
+    import threading
+
+    import jax
+    from jax._src.pallas.mosaic.interpret import thread_map
+
+    compiled, lock = {}, threading.Lock()
+
+    def run(jaxpr, consts, *args):
+        with lock:
+            if id(jaxpr) not in compiled:
+                program = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args))
+                compiled[id(jaxpr)] = jaxpr, program.lower(consts, *args).compile()  # with it, its id is its own
+        compiled[id(jaxpr)][1](consts, *args)
+
+    thread_map._run_jaxpr = run
+
+
+if version("jaxlib").startswith("0.10."):
+    _compile_interpreted_threads_once()

@@ -152,9 +152,9 @@ NUMERIC_SHAPES = {
     "experts": (
         Experts(T=150, D=128, F=128, E=4, A=2, routing="balanced"),
         Experts(T=150, D=128, F=128, E=4, A=2, routing="zipf"),
-        Experts(T=150, D=128, F=128, E=4, A=2, routing="one"),
+        Experts(T=150, D=128, F=128, E=4, A=1, routing="one"),
         Experts(T=70, D=48, F=200, E=5, A=2, routing="empty"),  # widths with zeros behind
-        Experts(T=3, D=256, F=384, E=8, A=3, routing="balanced"),  # more experts than a step reaches
+        Experts(T=3, D=128, F=256, E=8, A=3, routing="balanced"),  # more experts than a step reaches
     ),
 }
 
