@@ -15,24 +15,29 @@ LAYER_KINDS = ("lightning", "softmax")
 REMAT = ("none", "layer")
 LIGHTNING_KERNELS = ("auto", "reference", "xla", "mosaic_tpu", "mosaic_gpu")
 SOFTMAX_KERNELS = ("auto", "blocked", "splash")
+MOE_KERNELS = ("auto", "reference", "xla", "mosaic_tpu", "mosaic_gpu", "ragged_dot", "tokamax")
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Who computes attention; every choice gives the same numbers up to rounding.
+    """Who computes attention and the experts; every choice gives the same numbers up to rounding.
 
     Attributes:
         lightning: "auto" is the best one for the backend and dtype: "mosaic_gpu" (Hopper, bfloat16), "mosaic_tpu", or
             "xla"; "reference" goes token by token. It serves the norm behind it and decoding too.
         softmax: in training, whose rows are packed: "auto" is "splash" on TPUs, else "blocked". The cache is always
             served by "blocked".
+        moe: the experts' MLPs: "auto" is the best one for the backend and dtype, as for lightning; "ragged_dot" and
+            "tokamax" leave the grouped products to JAX's own ragged product and to that library's.
     """
 
     lightning: str = "auto"
     softmax: str = "auto"
+    moe: str = "auto"
 
     def __post_init__(self):
-        for name, known in (("lightning", LIGHTNING_KERNELS), ("softmax", SOFTMAX_KERNELS)):
+        known_kernels = {"lightning": LIGHTNING_KERNELS, "softmax": SOFTMAX_KERNELS, "moe": MOE_KERNELS}
+        for name, known in known_kernels.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be one of {known}")
 
@@ -74,7 +79,7 @@ class ModelConfig:
         lightning_chunk: chunk length of the lightning recurrence in training and prefill, for "xla".
         attention_block: block length of softmax attention.
         head_rows: tokens whose logits exist at the same time in training; 0 chooses as many as make 64 MiB.
-        kernels: who computes attention; set by the section of that name of a run.
+        kernels: who computes attention and the experts; set by the section of that name of a run.
     """
 
     vocab_size: int

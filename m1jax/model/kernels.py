@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from m1jax.errors import UserError
 from m1jax.model.config import ModelConfig
 from m1jax.pallas_kernels.compat import why_not
-from m1jax.pallas_kernels.lightning_attention.api import choose
+from m1jax.pallas_kernels.lightning_attention import api as lightning
+from m1jax.pallas_kernels.moe import api as moe
 
 
 def lightning_kernel(config: ModelConfig) -> str:
@@ -16,17 +17,31 @@ def lightning_kernel(config: ModelConfig) -> str:
     Raises:
         ValueError: the named one cannot run here, with the reason.
     """
-    asked = config.kernels.lightning
-    return choose(None if asked == "auto" else asked, jnp.dtype(config.dtype), config.head_dim)
+    return lightning.choose(_asked(config.kernels.lightning), jnp.dtype(config.dtype), config.head_dim)
+
+
+def moe_kernel(config: ModelConfig) -> str:
+    """The implementation that `config.kernels.moe` comes to.
+
+    Raises:
+        ValueError: the named one cannot run here, with the reason.
+    """
+    return moe.choose(_asked(config.kernels.moe), jnp.dtype(config.dtype))
+
+
+def _asked(name: str) -> str | None:
+    return None if name == "auto" else name
 
 
 def check_kernels(config: ModelConfig) -> None:
     """Raise UserError before a run begins where a kernel that its config names cannot do the work."""
-    if "lightning" in config.kinds:
+    used = {"lightning": lightning_kernel} if "lightning" in config.kinds else {}
+    used |= {"moe": moe_kernel} if config.num_experts else {}
+    for name, kernel in used.items():
         try:
-            lightning_kernel(config)
+            kernel(config)
         except ValueError as error:
-            raise UserError(f"config.kernels.lightning: {error}, or 'auto'") from error
+            raise UserError(f"config.kernels.{name}: {error}, or 'auto'") from error
     if config.kernels.softmax == "splash":
         reason = why_not("mosaic_tpu")
         if config.dtype == "float64":

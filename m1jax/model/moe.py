@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from m1jax.model.config import ModelConfig
+from m1jax.model.kernels import moe_kernel
 from m1jax.model.layers import at_least_float32, parameter, record, weight
 from m1jax.pallas_kernels.moe.api import expert_mlp
 from m1jax.pallas_kernels.moe.router import balance_loss, route
@@ -33,7 +34,10 @@ class MixtureOfExperts(nn.Module):
         router_logits_ME = jnp.dot(at_least_float32(x_MD), w_router_DE, precision=jax.lax.Precision.HIGHEST)
         record(self, "router_probabilities_ME", jax.nn.softmax(router_logits_ME))
         expert_ids_MA, combine_weights_MA = route(router_logits_ME, c.experts_per_token)
-        y_MD = expert_mlp(x_MD, expert_ids_MA, combine_weights_MA.astype(x_MD.dtype), w_gate_EDF, w_up_EDF, w_down_EFD)
+        y_MD = expert_mlp(
+            x_MD, expert_ids_MA, combine_weights_MA.astype(x_MD.dtype), w_gate_EDF, w_up_EDF, w_down_EFD,
+            implementation=moe_kernel(c),
+        )  # fmt: skip
         chosen_ME = (expert_ids_MA[:, :, None] == jnp.arange(E)).any(axis=1) & live_M[:, None]
         load_E = chosen_ME.sum(axis=0) / jnp.maximum(live_M.sum() * c.experts_per_token, 1)
         return y_MD, {"balance_loss": balance_loss(router_logits_ME, expert_ids_MA, live_M), "expert_load": load_E}

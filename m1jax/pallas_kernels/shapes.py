@@ -218,7 +218,7 @@ def segment_ids(rows: int, tokens: int, segments: int) -> np.ndarray | None:
 def expert_ids(shape: Experts) -> np.ndarray:
     """Return int32 [T, A]: the experts that each token goes to, by `shape.routing`.
 
-    "balanced": in turn; "zipf": expert e in proportion to 1 / (e + 1), distinct in each token; "one": all to one expert;
+    "balanced": in turn; "zipf": expert e in proportion to 1 / (e + 1), distinct in each token; "one": all to one;
     "empty": to A experts only, the others get none.
     """
     T, E, A, rng = shape.T, shape.E, shape.A, np.random.default_rng([shape.T, shape.E])

@@ -146,7 +146,7 @@ class RLConfig:
         steps: generation batches.
         tasks: comma-separated task specs (`m1jax.data.problems.parse_tasks`).
         init_from: run folder or checkpoint folder whose parameters the run starts from; "" starts from random ones.
-        kernels: who computes attention, in the update and in the local engine alike.
+        kernels: who computes attention and the experts, in the update and in the local engine alike.
     """
 
     seed: int

@@ -80,7 +80,7 @@ class SFTConfig:
         reflection: probability, for every step of a solution, of a slip that the solution then corrects.
         balance_coefficient: weight of the experts' load-balancing loss.
         init_from: run or checkpoint folder to start from; "" starts from random parameters.
-        kernels: who computes attention.
+        kernels: who computes attention and the experts.
     """
 
     seed: int

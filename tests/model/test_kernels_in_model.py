@@ -1,4 +1,4 @@
-"""The decoder with each implementation of lightning attention, against the recorded models and in a whole RL step.
+"""The decoder with each implementation of its kernels, against the recorded models and in a whole RL step.
 
 Kernels of GPUs and TPUs are interpreted, on the first tokens of the recorded sequences.
 """
@@ -15,11 +15,12 @@ from m1jax.config import build, to_dict
 from m1jax.errors import UserError
 from m1jax.model import cache as cache_lib
 from m1jax.model import transformer
-from m1jax.model.config import LIGHTNING_KERNELS, KernelConfig
-from m1jax.model.kernels import lightning_kernel
+from m1jax.model.config import LIGHTNING_KERNELS, MOE_KERNELS, KernelConfig
+from m1jax.model.kernels import lightning_kernel, moe_kernel
 from m1jax.model.logprobs import token_logprobs
 from m1jax.pallas_kernels.compat import interpreted, lowering_for
 from m1jax.pallas_kernels.lightning_attention import api
+from m1jax.pallas_kernels.moe import api as moe_api
 from m1jax.rl.loop import train
 from m1jax.rl.settings import RLConfig
 from m1jax.train.sft import SFTConfig
@@ -31,7 +32,10 @@ T = 130  # two blocks of 64 and a tail
 
 
 def with_kernel(name, implementation, dtype="float32"):
-    return dataclasses.replace(golden.config(name), kernels=KernelConfig(lightning=implementation), dtype=dtype)
+    """The golden model with `implementation` wherever there is one of that name."""
+    of_lightning = implementation if implementation in LIGHTNING_KERNELS else "auto"
+    kernels = KernelConfig(lightning=of_lightning, moe=implementation)
+    return dataclasses.replace(golden.config(name), kernels=kernels, dtype=dtype)
 
 
 def logits(params, config, tokens_BT, segment_ids_BT, cache=None):
@@ -48,7 +52,7 @@ SLOW_TINY = pytest.param("m1_tiny", marks=pytest.mark.slow)  # eight layers
 
 
 @pytest.mark.parametrize("name", [SLOW_TINY, "m1_kernel"])
-@pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_tpu"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_tpu", "ragged_dot"])
 def test_recorded_logits_states_and_greedy_tokens(implementation, name):
     config, numbers, params = with_kernel(name, implementation), golden.numbers(name), golden.weights(name)
     run = compiled(config)
@@ -81,7 +85,7 @@ def test_recorded_logits_states_and_greedy_tokens(implementation, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["reference", "mosaic_tpu"])
+@pytest.mark.parametrize("implementation", ["reference", "mosaic_tpu", "ragged_dot"])
 def test_recorded_gradients(implementation):
     """`xla` is held to them in test_transformer."""
     config, numbers, params = with_kernel("m1_tiny", implementation), golden.numbers(), golden.weights()
@@ -123,10 +127,15 @@ def test_in_bfloat16_kernels_are_no_further_from_the_record_than_plain_jax(imple
 
 def test_names_in_a_config_are_those_of_the_kernels():
     assert set(LIGHTNING_KERNELS) == {"auto", *api.IMPLEMENTATIONS}
+    assert set(MOE_KERNELS) == {"auto", *moe_api.IMPLEMENTATIONS}
 
 
 def test_auto_is_the_best_of_the_backend():
-    chosen = lambda dtype: lightning_kernel(with_kernel("m1_kernel", "auto", dtype))  # noqa: E731
+    def chosen(dtype):
+        config = with_kernel("m1_kernel", "auto", dtype)
+        assert moe_kernel(config) == lightning_kernel(config)
+        return lightning_kernel(config)
+
     assert chosen("float32") == chosen("bfloat16") == "xla"
     with lowering_for("gpu"):
         assert (chosen("float32"), chosen("bfloat16")) == ("xla", "mosaic_gpu")
@@ -149,6 +158,8 @@ def test_a_run_keeps_its_choice_in_one_place(tmp_path):
 def test_a_named_kernel_that_cannot_run_is_one_line_before_the_run_begins(tmp_path):
     with pytest.raises(UserError, match=r"config.kernels.lightning: .*'mosaic_tpu' cannot run here: .*'auto'"):
         train(run_config(tmp_path, lightning="mosaic_tpu"), tmp_path)
+    with pytest.raises(UserError, match=r"config.kernels.moe: .*'mosaic_gpu' cannot run here: .*'auto'"):
+        train(run_config(tmp_path, moe="mosaic_gpu"), tmp_path)
     with pytest.raises(UserError, match=r"config.kernels.softmax: 'splash' cannot run here: it needs a TPU"):
         train(run_config(tmp_path, softmax="splash"), tmp_path)
     with pytest.raises(UserError, match=r"config.kernels.lightning: 'triton' must be one of"):

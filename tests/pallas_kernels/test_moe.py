@@ -212,11 +212,11 @@ def test_errors_say_what_is_wrong():
         expert_mlp(x, ids, combine, w_gate, w_up, w_down.swapaxes(1, 2))
     with pytest.raises(ValueError, match=r"combine_weights has shape \(90, 1\).*\(90, 2\)"):
         expert_mlp(x, ids, combine[:, :1], w_gate, w_up, w_down)
-    with pytest.raises(ValueError, match=r"no implementation 'triton'.*'mosaic_gpu', 'mosaic_tpu', 'reference'"):
+    with pytest.raises(ValueError, match=r"no implementation 'triton'.*'mosaic_tpu', 'ragged_dot', 'reference'"):
         expert_mlp(x, ids, combine, w_gate, w_up, w_down, implementation="triton")
     with pytest.raises(ValueError, match="by 'mosaic_tpu' cannot run here: it needs a TPU.*choose 'xla'"):
         expert_mlp(*map(jnp.float32, (x,)), ids, combine, w_gate, w_up, w_down, implementation="mosaic_tpu")
-    with pytest.raises(ValueError, match="by 'mosaic_gpu' cannot run here: its matrix units multiply bfloat16"):
+    with pytest.raises(ValueError, match="by 'mosaic_gpu' cannot run here: it multiplies bfloat16, and x is float32"):
         expert_mlp(*map(jnp.float32, (x,)), ids, combine, w_gate, w_up, w_down, implementation="mosaic_gpu")
     with pytest.raises(ValueError, match="num_selected is 6"):
         route(jnp.zeros((2, 5)), 6)

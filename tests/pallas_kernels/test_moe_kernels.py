@@ -9,6 +9,7 @@ from m1jax.pallas_kernels.compat import interpreted, lowering_for
 from m1jax.pallas_kernels.moe import expert_mlp, route
 from m1jax.pallas_kernels.moe.api import choose
 from m1jax.pallas_kernels.moe.layout import layout_of
+from m1jax.pallas_kernels.moe.ragged import has_tokamax
 from m1jax.pallas_kernels.shapes import NUMERIC_SHAPES, TARGET_SHAPES, Experts, draw, expert_ids
 
 IMPLEMENTATIONS = [
@@ -16,6 +17,9 @@ IMPLEMENTATIONS = [
     ("xla", "bfloat16"),
     ("mosaic_tpu", "float32"),
     ("mosaic_tpu", "bfloat16"),
+    ("ragged_dot", "float32"),
+    ("ragged_dot", "bfloat16"),
+    pytest.param("tokamax", "bfloat16", marks=pytest.mark.skipif(not has_tokamax(), reason="an extra")),
     ("mosaic_gpu", "bfloat16"),
 ]
 NAMES = ("y", "dx", "drouter", "dw_gate", "dw_up", "dw_down")
@@ -27,7 +31,11 @@ def inputs(shape, dtype):
     chosen_TE = (np.asarray(drawn["expert_ids_TA"])[:, :, None] == np.arange(shape.E)).any(1)
     rng = np.random.default_rng(0)
     logits_TE = np.where(chosen_TE, 6.0, 0.0) + rng.uniform(-1, 1, size=(shape.T, shape.E))
-    args = drawn["x_TD"], jnp.asarray(logits_TE, jnp.float32), *(drawn[x] for x in ("w_gate_EDF", "w_up_EDF", "w_down_EFD"))
+    args = (
+        drawn["x_TD"],
+        jnp.asarray(logits_TE, jnp.float32),
+        *(drawn[x] for x in ("w_gate_EDF", "w_up_EDF", "w_down_EFD")),
+    )
     return args, draw(shape, dtype, seed=1)["x_TD"]
 
 
@@ -68,7 +76,7 @@ def all_experts(args, dy, num_selected):
 
 
 ROUNDING = 2.0**-7 / np.sqrt(12 * 1.5 / np.log(2))
-"""Norm error of one rounding to bfloat16: uniform in a unit of 2^-7 of the power of two below, 1 / sqrt(12) of it in the
+"""Norm error of one rounding to bfloat16: uniform in a unit, 2^-7 of the power of two below, 1 / sqrt(12) of it in the
 mean; the square of a number between two powers is 1.5 / ln 2 of the lower one's in the mean."""
 
 
@@ -171,11 +179,21 @@ def test_the_best_implementation_of_a_device():
     assert choose(None, jnp.dtype("bfloat16")) == "xla"
 
 
+def test_what_cannot_run_is_refused_with_the_reason(monkeypatch):
+    with pytest.raises(
+        ValueError, match="'ragged_dot' cannot run here: it multiplies .* and x is float64; choose 'xla'"
+    ):
+        choose("ragged_dot", jnp.dtype("float64"))
+    monkeypatch.setattr("m1jax.pallas_kernels.moe.ragged.has_tokamax", lambda: False)
+    with pytest.raises(ValueError, match=r"'tokamax' cannot run here: it is not installed .*m1jax\[tokamax\]"):
+        choose("tokamax", jnp.dtype("bfloat16"))
+
+
 def test_target_shapes_are_those_of_the_model():
     from configs.models import m1
 
     config = m1()
     layer = TARGET_SHAPES["experts"][0]
-    assert (layer.D, layer.F, layer.E, layer.A) == tuple(
-        config[x] for x in ("hidden_size", "expert_dim", "num_experts", "experts_per_token")
+    assert layer == Experts(
+        T=layer.T, D=config.hidden_size, F=config.expert_dim, E=config.num_experts, A=config.experts_per_token
     )

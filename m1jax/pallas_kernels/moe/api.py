@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 
 from m1jax.pallas_kernels import compat
-from m1jax.pallas_kernels.moe import mosaic_gpu, mosaic_tpu, reference, xla
+from m1jax.pallas_kernels.moe import mosaic_gpu, mosaic_tpu, ragged, reference, xla
 
 IMPLEMENTATIONS = {
     "reference": reference.expert_mlp,
     "xla": xla.expert_mlp,
     "mosaic_tpu": mosaic_tpu.expert_mlp,
     "mosaic_gpu": mosaic_gpu.expert_mlp,
+    "ragged_dot": ragged.lax,
+    "tokamax": ragged.tokamax,
 }
-"""`reference` computes every expert for every token, `xla` is plain JAX in blocks, the others kernels for one device."""
+"""`reference` computes every expert for every token, `xla` is plain JAX in blocks, `mosaic_*` are kernels for a device;
+`ragged_dot` and `tokamax` leave the products to JAX's own ragged product (slow but on TPUs) and to that library's."""
 
 
 def choose(implementation: str | None, dtype: jnp.dtype) -> str:
@@ -33,12 +36,14 @@ def choose(implementation: str | None, dtype: jnp.dtype) -> str:
 
 def _why_not(implementation: str, dtype: jnp.dtype) -> str | None:
     """Return why an implementation cannot do this, or None."""
-    if not implementation.startswith("mosaic"):
+    if implementation in ("reference", "xla"):
         return None
-    allowed = {"mosaic_tpu": ("bfloat16", "float32"), "mosaic_gpu": ("bfloat16",)}[implementation]
+    if implementation == "tokamax" and not ragged.has_tokamax():
+        return 'it is not installed (pip install "m1jax[tokamax]")'
+    allowed = ("bfloat16",) if implementation == "mosaic_gpu" else ("bfloat16", "float32")
     if jnp.dtype(dtype).name not in allowed:
-        return f"its matrix units multiply {' and '.join(allowed)}, and x is {jnp.dtype(dtype).name}"
-    return compat.why_not(implementation)
+        return f"it multiplies {' and '.join(allowed)}, and x is {jnp.dtype(dtype).name}"
+    return compat.why_not(implementation) if implementation.startswith("mosaic") else None
 
 
 def expert_mlp(

@@ -103,16 +103,16 @@ def _product(expert, live, *refs, product, rows, weights, K, width):
     starts = [n * width] * 2 if two else [2 * n * width, (2 * n + 1) * width]
     terms, depth = (1, K // DEPTH) if two else (rows, K // DEPTH)
 
-    def fetch(c, a, bs, arrived):
-        for i in range(terms):
+    def fetch_term(i, c, a, bs, arrived):
+        inner = pl.ds((c - i * depth) * DEPTH, DEPTH)
+        plgpu.copy_gmem_to_smem(xs[i].at[pl.ds(g * BLOCK, BLOCK), inner], a, arrived)
+        for j, (b, start) in enumerate(zip(bs, starts, strict=True)):
+            w, columns = ws[j if two else i].at[expert[g]], pl.ds(start, width)
+            plgpu.copy_gmem_to_smem(w.at[(columns, inner) if product.transposed else (inner, columns)], b, arrived)
 
-            @pl.when((c >= i * depth) & (c < (i + 1) * depth))
-            def _():
-                inner = pl.ds((c - i * depth) * DEPTH, DEPTH)
-                plgpu.copy_gmem_to_smem(xs[i].at[pl.ds(g * BLOCK, BLOCK), inner], a, arrived)
-                for j, (b, start) in enumerate(zip(bs, starts, strict=True)):
-                    w, columns = ws[j if two else i].at[expert[g]], pl.ds(start, width)
-                    plgpu.copy_gmem_to_smem(w.at[columns, inner] if product.transposed else w.at[inner, columns], b, arrived)
+    def fetch(c, *tiles):
+        for i in range(terms):
+            pl.when((c >= i * depth) & (c < (i + 1) * depth))(partial(fetch_term, i, c, *tiles))
 
     def finish(half, sums, staging):
         slots = pl.ds(g * BLOCK + half * 64, 64)
@@ -122,12 +122,14 @@ def _product(expert, live, *refs, product, rows, weights, K, width):
             c = [lax.broadcast_in_dim(by_row, (64, CHUNK), (0,))]
         for start, parts in zip(starts, [sums] if two else [[x] for x in sums], strict=False):
             for chunk in range(0, width, CHUNK):
-                columns = pl.ds(start + chunk, CHUNK)
-                load = lambda x: compat.load(x.at[slots, columns], plgpu.Layout.WGMMA, optimized=False)  # noqa: E731
-                tiles = [load(x).astype(jnp.float32) for x in others[: len(others) - product.weighed]]
+                at = slots, pl.ds(start + chunk, CHUNK)
+                tiles = [
+                    compat.load(x.at[at], plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+                    for x in others[: len(others) - product.weighed]
+                ]
                 results = product.epilogue(*(x[:, chunk : chunk + CHUNK] for x in parts), *tiles, *c)
                 for out, result in zip(outs[: product.outputs], results, strict=False):
-                    _leave(staging, result, out.at[slots, columns])
+                    _leave(staging, result, out.at[at])
                 if product.row_sums:
                     outs[-1][(start + chunk) // CHUNK, slots] = jnp.sum(results[-1], axis=1)
 
@@ -158,7 +160,7 @@ def _contraction(begin, end, a, *refs, count, width):
 
 
 def _tile(steps, fetch, finish, wanted, dtype, width, *, turned_a, turned_b):
-    """Run `steps` of a program's two sums: `fetch(c, a, bs, arrived)`, then `finish(half, sums, staging)` if `wanted`."""
+    """Make a program's sums: `steps` of `fetch(c, a, bs, arrived)`, then `finish(half, sums, staging)` if `wanted`."""
     shared = partial(plgpu.SMEM, dtype=dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
     def scoped(a_ring, *refs):

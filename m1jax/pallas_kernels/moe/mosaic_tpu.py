@@ -1,9 +1,9 @@
 """The experts' grouped products on a TPU: the pipeline fetches tiles, a table of the blocks tells it which.
 
 A product has the grid (columns, blocks): a tile of an expert's weights, whole in the contracted axis, stays in VMEM
-while the blocks of that expert pass, and what is fetched at a step is a block of rows. So weights move through HBM once,
-rows once for each tile of columns. A contraction has the grid (rows of the result, columns, blocks): its float32 sums
-stay in VMEM from an expert's first block to its last.
+while the blocks of that expert pass, and what is fetched at a step is a block of rows. So weights move through HBM
+once, rows once for each tile of columns. A contraction has the grid (rows of the result, columns, blocks): its float32
+sums stay in VMEM from an expert's first block to its last.
 
 Blocks without rows are passed over: their step names the tiles of the step before, which are not fetched again, and
 computes nothing. In a contraction an expert without rows has one such block, where its zeros are written.
@@ -12,7 +12,6 @@ computes nothing. In a contraction an expert without rows has one such block, wh
 from __future__ import annotations
 
 from functools import partial
-from math import gcd
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +57,7 @@ def multiply(product, layout, rows, weights, tiles=(), combine_S=None):
         *[tile] * len(tiles),
     ]
     inputs = [*rows, *weights, *tiles]
-    if product.weighed:
+    if combine_S is not None:
         in_specs.append(pl.BlockSpec((None, SUBLANES, C), lambda n, g, table: (table[BLOCK, g], 0, 0)))
         inputs.append(jnp.broadcast_to(combine_S.reshape(G, 1, C), (G, SUBLANES, C)))
     out_specs = [tile] * product.outputs
