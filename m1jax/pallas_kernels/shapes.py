@@ -114,7 +114,7 @@ class Experts:
     routing: str = "balanced"
 
     def __str__(self):
-        return f"{self.T} tokens of {self.D}, {self.A} of {self.E} experts of {self.F}, {self.routing}"
+        return f"{self.T} x {self.D}, {self.A} of {self.E} experts of {self.F}, {self.routing}"
 
     def arrays(self, dtype: DTypeLike) -> Arrays:
         """Return the arguments of `expert_mlp` by name."""
@@ -192,6 +192,7 @@ TARGET_SHAPES = {
         Experts(T=16_384, D=1_024, F=1_536, E=32, A=2),  # a model of width 1024
         Experts(T=65_536, D=1_024, F=1_536, E=32, A=2, routing="zipf"),
         Experts(T=4_096, D=512, F=768, E=32, A=2),
+        Experts(T=4_096, D=512, F=768, E=32, A=2, routing="zipf"),
     ),
 }
 

@@ -16,7 +16,7 @@ from experiments.bench.kernels.cases import Case, groups, sizes
 from experiments.bench.kernels.ops import OPS, refusal
 from experiments.bench.kernels.roofline import Work
 from m1jax.pallas_kernels import compat
-from m1jax.pallas_kernels.shapes import Decode, GatedNorm, Lightning, Softmax, segment_ids
+from m1jax.pallas_kernels.shapes import Decode, Experts, GatedNorm, Lightning, Softmax, segment_ids
 
 H100 = {"flops_per_second": 798e12, "bytes_per_second": 3.0e12}
 BFLOAT16 = 2
@@ -77,6 +77,25 @@ def test_floors_of_what_only_moves_memory():
     assert milliseconds(roofline.gated_norm(shape, True, BFLOAT16)) == pytest.approx(8 * 0.0895, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "tokens, D, F, tflop, forward, weights",
+    [(16_384, 6_144, 9_216, 11.13, 13.95, 10.9), (65_536, 6_144, 9_216, 44.5, 55.8, 10.9),
+     (16_384, 1_024, 1_536, 0.309, 0.388, 0.30), (65_536, 1_024, 1_536, 1.24, 1.55, 0.30)],
+)  # fmt: skip
+def test_floors_of_experts(tokens, D, F, tflop, forward, weights):
+    shape = Experts(T=tokens, D=D, F=F, E=32, A=2)
+    work, both = (roofline.experts(shape, way, BFLOAT16) for way in (False, True))
+    assert work.flops / 1e12 == pytest.approx(tflop, rel=5e-3)
+    assert milliseconds(work) == pytest.approx(forward, rel=5e-3)  # the router's 0.06% included
+    assert both.flops == 3 * work.flops
+    rows = 2 * tokens * D * BFLOAT16
+    assert (work.bytes - rows) / 1e9 == pytest.approx(weights, rel=1e-2)
+    # Backward: x and dy read, dx written; the weights read once more, and their gradients written.
+    assert both.bytes - work.bytes == 1.5 * rows + 2 * (work.bytes - rows)
+    idle = Experts(T=tokens, D=D, F=F, E=32, A=2, routing="empty")  # two experts have rows
+    assert roofline.experts(idle, False, BFLOAT16).bytes - rows == (work.bytes - rows) / 16
+
+
 def test_packed_rows_see_less():
     shape = Softmax(B=1, T=70, N=4, K=2, H=16, segments=2)
     ids = np.asarray(segment_ids(1, 70, 2))[0]
@@ -121,15 +140,17 @@ def test_everything_at_its_smallest(tmp_path, capsys, monkeypatch):
         assert all(math.isfinite(row[name]) and row[name] > 0 for name in ("seconds", "floor", "fraction"))
     found = {(row["op"], row["pass"], row["program"]) for row in results["rows"]}
     both = ("forward", "forward+backward")
-    implementations = {"lightning": "xla", "growth": "xla", "gated_norm": "xla", "softmax": "blocked"}
+    implementations = dict.fromkeys(("lightning", "growth", "gated_norm", "experts"), "xla") | {"softmax": "blocked"}
     assert {(op, way, name) for op, name in implementations.items() for way in both} <= found
     assert ("decode", "forward", "xla") in found and ("decode", "forward+backward", "xla") not in found
     assert set(results["growth"]) == {"xla forward", "xla forward+backward"}
     printed = capsys.readouterr().out
-    for peer in ("transformers", "fla", "torch SDPA"):
+    for peer in ("transformers", "fla", "torch SDPA", "Transformers' grouped"):
         assert f"peer {peer}: torch is not installed here" in printed
     assert "lightning attention by 'mosaic_gpu' cannot run here" in printed
-    assert printed.count("by 'mosaic_tpu' cannot run here") == 2  # lightning attention and the norm: once each
+    assert (
+        printed.count("by 'mosaic_tpu' cannot run here") == 3
+    )  # lightning attention, the norm, the experts: once each
 
 
 @pytest.mark.parametrize("flag", ["--ops=lightening", "--implementations=triton"])

@@ -1,7 +1,7 @@
 """Our kernels against the roofline of the device that they run on, and beside every peer that is installed.
 
     make bench-kernels                                       # this, into runs/bench_kernels
-    python -m experiments.bench.kernels [--ops=lightning,decode,gated_norm,softmax,growth] [--shapes=TEXT]
+    python -m experiments.bench.kernels [--ops=lightning,decode,gated_norm,softmax,experts,growth] [--shapes=TEXT]
                                         [--implementations=xla,mosaic_gpu,...] [--rounds=20] [--workdir=DIR] [--smoke]
                                         [--peers_python=PYTHON]
 
@@ -33,7 +33,7 @@ from experiments import cli
 from experiments.bench.core import machine
 from experiments.bench.kernels import page
 from experiments.bench.kernels.cases import groups, sizes
-from experiments.bench.kernels.measure import SLOW, Torch, measure
+from experiments.bench.kernels.measure import Torch, measure
 from experiments.bench.kernels.ops import OPS
 from experiments.bench.peers.protocol import SideFailed
 from m1jax.errors import UserError
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/bench_kernels"))
     parser.add_argument("--ops", default=",".join(OPS), help="with commas between; all by default")
-    parser.add_argument("--implementations", default="", help=f"with commas between; all but {SLOW[0]} by default")
+    parser.add_argument("--implementations", default="", help="with commas between; all but slow ones by default")
     parser.add_argument("--shapes", default="", metavar="TEXT", help="those whose line in the table holds this text")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--peers_python", default="", metavar="PYTHON", help="of an environment with torch and peers")

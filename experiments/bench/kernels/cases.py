@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from experiments.bench.kernels.ops import FORWARD, GROWTH, OPS, Op, Shape
 from experiments.bench.kernels.roofline import Work
 from m1jax.pallas_kernels import compat
-from m1jax.pallas_kernels.shapes import TARGET_SHAPES, Decode, GatedNorm, Lightning, Softmax
+from m1jax.pallas_kernels.shapes import TARGET_SHAPES, Decode, Experts, GatedNorm, Lightning, Softmax
 
 SMOKE_SHAPES = {
     "lightning": (Lightning(B=1, T=64, N=2, H=16), Lightning(B=1, T=70, N=2, H=16, segments=2)),
     "decode": (Decode(B=2, S=3, N=2, H=16),),
     "gated_norm": (GatedNorm(M=5, N=2, H=16),),
     "softmax": (Softmax(B=1, T=64, N=2, K=1, H=16), Softmax(B=1, T=70, N=2, K=1, H=16, segments=2)),
+    "experts": (Experts(T=40, D=16, F=24, E=4, A=2), Experts(T=40, D=16, F=24, E=4, A=2, routing="zipf")),
     GROWTH: (Lightning(B=1, T=64, N=2, H=16), Lightning(B=1, T=128, N=2, H=16)),
 }
 
@@ -85,16 +86,21 @@ def sizes(smoke: bool) -> Sizes:
 
 
 def groups(names: Sequence[str], text: str, here: Sizes, notes: list[str]) -> Iterator[list[Case]]:
-    """The cases of each shape whose name holds `text`, then those of growth; what is too large is noted."""
+    """The cases of each shape whose name holds `text`; what is too large is noted.
+
+    The lengths of growth are measured together, and so are the routings of experts of one size.
+    """
     for name in names:
         shapes = [shape for shape in here.shapes[name] if text in str(shape)]
         cases = [Case(name, shape, way) for shape in shapes for way in OPS[name].passes]
         if name == GROWTH:
             yield from [cases] if cases else []
             continue
+        together: dict[str, list[Case]] = {}
         for shape in shapes:
             fits = {way: here.allow(here.work(OPS[name], shape, way)) for way in OPS[name].passes}
             if large := [way for way in fits if not fits[way]]:
                 notes.append(f"{name}, {shape}, {' and '.join(large)}: too large for this machine")
-            if any(fits.values()):
-                yield [case for case in cases if case.shape == shape and fits[case.way]]
+            alike = str(replace(shape, routing="")) if isinstance(shape, Experts) else str(shape)
+            together.setdefault(alike, []).extend(case for case in cases if case.shape == shape and fits[case.way])
+        yield from filter(None, together.values())

@@ -23,14 +23,17 @@ from experiments.bench.kernels.cases import Case, Sizes
 from experiments.bench.kernels.ops import CROSSOVER, GROWTH, OPS, Inputs, Shape, refusal, starter
 from experiments.bench.peers.protocol import Side, SideFailed
 from m1jax.pallas_kernels import compat
-from m1jax.pallas_kernels.shapes import draw, segment_ids
+from m1jax.pallas_kernels.shapes import Experts, expert_ids, segment_ids
 from m1jax.pallas_kernels.softmax_attention.api import BEST
 
-TORCH_PEERS = {"lightning": ("transformers", "fla"), GROWTH: ("transformers", "fla"), "softmax": ("torch SDPA",)}
+TORCH_PEERS = {
+    "lightning": ("transformers", "fla"),
+    GROWTH: ("transformers", "fla"),
+    "softmax": ("torch SDPA",),
+    "experts": ("Transformers' grouped", "Transformers' loop"),
+}
 PEER_TOKENS = 8_192
 """Growth is ours to show: peers of another process join up to this length."""
-SLOW = ("reference",)
-"""Implementations that are left out unless named: the recurrence token by token."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Torch:
             return
         try:
             command = [python or sys.executable, "-m", f"{__package__}.torch_side"]
-            self.side = Side("torch", command, os.sched_getaffinity(0), log)
+            self.side, self.folder = Side("torch", command, os.sched_getaffinity(0), log), log.parent
             stack.callback(self.side.close)
             versions, missing = self.side.ask("versions"), self.side.ask("missing")
         except SideFailed as error:
@@ -93,7 +96,11 @@ class Torch:
         shape: Any = case.shape
         work = {"peer": peer, "way": case.way, "dtype": dtype, "shape": asdict(shape), "segments": []}
         work["decay"] = np.asarray(inputs["slopes_N"]).tolist() if "slopes_N" in inputs else []
-        if (ids_BT := segment_ids(shape.B, shape.T, shape.segments)) is not None:
+        if isinstance(shape, Experts):
+            path = self.folder / "expert_ids.npy"  # written anew for each case, and read at once
+            np.save(path, expert_ids(shape))
+            work["expert_ids"] = str(path)
+        elif (ids_BT := segment_ids(shape.B, shape.T, shape.segments)) is not None:
             edges = [0, *(np.flatnonzero(np.diff(ids_BT[0])) + 1), shape.T]  # padding makes up segments of its own
             work["segments"] = np.diff(edges).tolist()
         name = json.dumps(work)
@@ -131,10 +138,8 @@ def programs(
     for name in case.op.implementations:
         if wanted and name not in wanted:
             continue
-        if not wanted and name in SLOW:
-            notes.append(
-                f"lightning attention by {name!r} goes token by token: it runs where --implementations names it"
-            )
+        if not wanted and name in case.op.slow.get(compat.platform(), ()):
+            notes.append(f"{case.name} by {name!r} is slow here: it runs where --implementations names it")
         elif reason := refusal(case.op, case.shape, here.dtype, name):
             notes.append(reason)
         else:
@@ -161,7 +166,7 @@ def measure(
     ready: dict[tuple[Case | None, str], Timed] = {}
     for name, (amount, start) in roofline.ceilings(here.dtype, here.product, here.copied).items():
         amounts[name], ready[None, name] = amount, ours(start, here.seconds)
-    inputs: dict[Shape, Inputs] = {shape: draw(shape, here.dtype) for shape in dict.fromkeys(c.shape for c in cases)}
+    inputs: dict[Shape, Inputs] = {c.shape: c.op.draw(c.shape, here.dtype) for c in cases}
     for case in cases:
         for name, prepare in programs(case, inputs[case.shape], wanted, here, torch, notes):
             try:

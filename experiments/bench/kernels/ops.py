@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,12 @@ from m1jax.pallas_kernels import lightning_attention as lightning
 from m1jax.pallas_kernels import softmax_attention as softmax
 from m1jax.pallas_kernels.gated_norm.api import IMPLEMENTATIONS as NORMS
 from m1jax.pallas_kernels.lightning_attention.api import IMPLEMENTATIONS as LIGHTNINGS
-from m1jax.pallas_kernels.shapes import Decode, GatedNorm, Lightning, Softmax
+from m1jax.pallas_kernels.moe import expert_mlp, route
+from m1jax.pallas_kernels.moe.api import IMPLEMENTATIONS as EXPERTS
+from m1jax.pallas_kernels.shapes import Decode, Experts, GatedNorm, Lightning, Softmax, draw
 from m1jax.pallas_kernels.softmax_attention.api import IMPLEMENTATIONS as SOFTMAXES
 
-Shape = Lightning | Decode | GatedNorm | Softmax
+Shape = Lightning | Decode | GatedNorm | Softmax | Experts
 Inputs = dict[str, Any]
 FORWARD = PASSES[0]
 
@@ -35,6 +37,8 @@ class Op:
         work: (shape, with its gradient?, bytes of an element) -> the least work there is.
         wrt: the inputs that get gradients; none, and there is no backward pass.
         state: an input that the call gives back changed, as the last of its results; it is donated.
+        draw: (shape, dtype) -> the inputs.
+        slow: by platform, implementations that are left out unless named.
     """
 
     implementations: Sequence[str]
@@ -42,6 +46,8 @@ class Op:
     work: Callable[[Any, bool, int], roofline.Work]
     wrt: Sequence[str] = ()
     state: str = ""
+    draw: Callable[[Any, Any], Inputs] = draw
+    slow: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def passes(self) -> Sequence[str]:
@@ -64,9 +70,33 @@ def call_softmax(inputs: Inputs, implementation: str | None) -> jax.Array:
     return softmax.softmax_attention(q_BTNH, k_BTKH, v_BTKH, **packed, in_order=True, implementation=implementation)
 
 
+ROUTED = 16.0
+"""What is added to the logits of the experts that a shape's routing chooses: far more than logits differ by."""
+
+
+def draw_experts(shape: Experts, dtype: Any) -> Inputs:
+    """Tokens, the weights of the experts and of a router, and what bends its logits to the shape's routing."""
+    inputs = draw(shape, dtype)
+    ids_TA, _ = inputs.pop("expert_ids_TA"), inputs.pop("combine_weights_TA")
+    w_router_DE = jax.random.normal(jax.random.key(2), (shape.D, shape.E), jnp.float32) / shape.D**0.5
+    routing_TE = ROUTED * jax.nn.one_hot(ids_TA, shape.E).sum(axis=1)
+    return inputs | {"w_router_DE": w_router_DE, "routing_TE": routing_TE}
+
+
+def call_experts(inputs: Inputs, implementation: str | None, num_selected: int = 2) -> jax.Array:
+    """The whole layer: router, sort, experts, sum."""
+    x_TD, w_router_DE, routing_TE, *weights = (
+        inputs[name] for name in ("x_TD", "w_router_DE", "routing_TE", "w_gate_EDF", "w_up_EDF", "w_down_EFD")
+    )
+    logits_TE = jnp.dot(x_TD.astype(jnp.float32), w_router_DE, precision=jax.lax.Precision.HIGHEST) + routing_TE
+    ids_TA, combine_TA = route(logits_TE, num_selected)
+    return expert_mlp(x_TD, ids_TA, combine_TA, *weights, implementation=implementation)
+
+
 OPS = {
     "lightning": Op(
-        tuple(LIGHTNINGS), call_lightning, roofline.lightning, wrt=("q_BTNH", "k_BTNH", "v_BTNH")
+        tuple(LIGHTNINGS), call_lightning, roofline.lightning, wrt=("q_BTNH", "k_BTNH", "v_BTNH"),
+        slow=dict.fromkeys(("cpu", "gpu", "tpu"), ("reference",)),  # token by token
     ),
     "decode": Op(
         tuple(name for name in LIGHTNINGS if name != "reference"),  # whose decode is that of xla
@@ -81,6 +111,12 @@ OPS = {
         wrt=("o_MX", "gate_MX", "scale_X"),
     ),
     "softmax": Op(SOFTMAXES, call_softmax, roofline.softmax, wrt=("q_BTNH", "k_BTKH", "v_BTKH")),
+    "experts": Op(
+        tuple(EXPERTS), call_experts, roofline.experts, draw=draw_experts,
+        wrt=("x_TD", "w_router_DE", "w_gate_EDF", "w_up_EDF", "w_down_EFD"),
+        # Every expert for every token; so do ragged products on a CPU, and tokamax takes JAX's there.
+        slow={"cpu": ("reference", "ragged_dot", "tokamax"), "gpu": ("reference",), "tpu": ("reference",)},
+    ),
 }  # fmt: skip
 
 GROWTH = "growth"
@@ -101,7 +137,7 @@ CROSSOVER = Op(
 def refusal(op: Op, shape: Shape, dtype: str, implementation: str) -> str | None:
     """Why the operation refuses to run so here, in its own words or those of a library; None where it does not."""
     try:
-        jax.eval_shape(lambda inputs: op.call(inputs, implementation), shape.arrays(dtype))
+        jax.eval_shape(lambda: op.call(op.draw(shape, dtype), implementation))
     except ValueError as error:
         return str(error).split("\n")[0]
     except RuntimeError as error:  # from JAX, where cuDNN is missing

@@ -9,6 +9,7 @@ from typing import Any
 def lines(results: dict[str, Any]) -> list[str]:
     """The table of everything in `results`."""
     machine, rows = results["machine"], results["rows"]
+    width = 2 + max(len(row["shape"]) for row in rows)
     rates = [(row["flops_per_second"] / 1e12, row["bytes_per_second"] / 1e9) for row in rows]
     tflops, gigabytes = ([min(each), max(each)] for each in zip(*rates, strict=True))
     out = [
@@ -17,7 +18,7 @@ def lines(results: dict[str, Any]) -> list[str]:
         f"{results['dtype']}; medians of {results['rounds']} interleaved rounds; roofline of a dense product at "
         f"{tflops[0]:.3g} to {tflops[1]:.3g} TFLOP/s and a copy at {gigabytes[0]:.3g} to {gigabytes[1]:.3g} GB/s",
         "",
-        f"{'':<76}{'ms':>10}{'floor ms':>10}{'of floor':>10}   times as fast as",
+        f"{'':<{width + 42}}{'ms':>10}{'floor ms':>10}{'of floor':>10}   times as fast as",
     ]
     operation = None
     for row in rows:
@@ -25,7 +26,7 @@ def lines(results: dict[str, Any]) -> list[str]:
         operation = row["op"]
         floor = f"{'peer':>20}" if row["peer"] else f"{1e3 * row['floor']:>10.3f}{row['fraction']:>10.0%}"
         ratios = ", ".join(f"{peer} {ratio:.2f}" for peer, ratio in row["ratios"].items())
-        name = f"  {row['shape']:<40}{row['pass']:<17}{row['program']:<17}"
+        name = f"  {row['shape']:<{width}}{row['pass']:<17}{row['program']:<23}"
         out.append(f"{name}{1e3 * row['seconds']:>10.3f}{floor}   {ratios}".rstrip())
     if results["growth"]:
         out += ["", "lightning against length, seconds ~ tokens^p"]

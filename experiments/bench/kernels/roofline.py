@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from m1jax.pallas_kernels.shapes import Decode, GatedNorm, Lightning, Softmax, segment_ids
+from m1jax.pallas_kernels.shapes import Decode, Experts, GatedNorm, Lightning, Softmax, expert_ids, segment_ids
 
 CHUNK = 64
 """Tokens of a chunk of lightning attention, as the floor counts them: fewer would save FLOPs and starve a matrix
@@ -62,6 +62,21 @@ def softmax(shape: Softmax, backward: bool, itemsize: int) -> Work:
     flops = 4 * shape.H * shape.N * int(squares) / 2 * (1 + 2.5 * backward)
     heads = 2 * (shape.N + shape.K) + backward * 4 * (shape.N + shape.K)
     return Work(flops, shape.B * shape.T * heads * shape.H * itemsize)
+
+
+def experts(shape: Experts, backward: bool, itemsize: int) -> Work:
+    """Three products for each row and one of the router forward, twice as many backward.
+
+    Forward: x and the weights of the experts that have rows read, y written; backward: x, dy and those weights read, dx
+    and the gradients of all weights written.
+    """
+    T, D, F, E = shape.T, shape.D, shape.F, shape.E
+    flops = 6 * T * shape.A * D * F + 2 * T * D * E
+    used = len(np.unique(expert_ids(shape)))
+    return Work(
+        flops * (1 + 2 * backward),
+        itemsize * (2 * T * D + 3 * used * D * F + backward * (3 * T * D + 3 * (used + E) * D * F)),
+    )
 
 
 def floor(work: Work, flops_per_second: float, bytes_per_second: float) -> float:

@@ -1,6 +1,8 @@
-"""The peers that need torch: lightning attention of Transformers and of fla, and torch's own softmax attention.
+"""The peers that need torch: lightning attention of Transformers and of fla, torch's own softmax attention, and
+Transformers' mixture of experts.
 
-A program's name is JSON: {"peer", "way", "dtype", "shape": {...}, "decay": [per head], "segments": [their lengths]}.
+A program's name is JSON: {"peer", "way", "dtype", "shape": {...}}, and for attention "decay": [per head] and
+"segments": [their lengths], for experts "expert_ids": the file that holds the routing.
 """
 
 # The peers live in an environment of their own, or in none.
@@ -23,6 +25,9 @@ import torch
 from experiments.bench.peers.protocol import Prepared, serve
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUTED = 16.0
+"""As on our side."""
+
 BLOCK = 256
 """Of Transformers' lightning attention: its default."""
 
@@ -75,11 +80,45 @@ def sdpa(work: Mapping[str, Any], q_BTNH, k_BTKH, v_BTKH) -> Callable[..., torch
     return attend
 
 
+def transformers_experts(work: Mapping[str, Any], how: str) -> tuple[Callable[..., torch.Tensor], list[torch.Tensor]]:
+    """The whole block, router and all, and what it computes from: x, the router's weight and those of the experts.
+
+    Logits are bent to the routing as ours are; `how` is one of its implementations of the experts.
+    """
+    import numpy as np
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxSparseMoeBlock
+
+    shape, dtype = work["shape"], getattr(torch, work["dtype"])
+    T, D, F, E, A = (shape[name] for name in "TDFEA")
+    config = MiniMaxConfig(hidden_size=D, intermediate_size=F, num_local_experts=E, num_experts_per_tok=A)
+    config._experts_implementation = how
+    with torch.device(DEVICE):
+        block = MiniMaxSparseMoeBlock(config).to(dtype).eval()
+        ids_TA = torch.from_numpy(np.load(work["expert_ids"])).long().to(DEVICE)
+        routing_TE = ROUTED * torch.nn.functional.one_hot(ids_TA, E).sum(1).to(dtype)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    normal = lambda *dims: torch.randn(*dims, generator=generator, device=DEVICE)  # noqa: E731
+    weights = [block.gate.weight, block.experts.gate_up_proj, block.experts.down_proj]
+    with torch.no_grad():
+        for weight in weights:
+            weight.copy_(normal(*weight.shape) / weight.shape[-1] ** 0.5)  # the last axis is the contracted one
+
+    def route(x_TD):
+        logits_TE = torch.nn.functional.linear(x_TD, block.gate.weight) + routing_TE
+        top_TA, ids_TA = torch.topk(torch.softmax(logits_TE.float(), dim=-1), A, dim=-1)
+        return logits_TE, (top_TA / top_TA.sum(dim=-1, keepdim=True)).to(dtype), ids_TA
+
+    block.gate.forward = route
+    return lambda x_TD, *_: block(x_TD[None])[0], [normal(T, D).to(dtype), *weights]
+
+
 PEERS = {"transformers": transformers_core, "fla": fla_simple_gla, "torch SDPA": sdpa}
+EXPERTS = {"Transformers' grouped": "grouped_mm", "Transformers' loop": "eager"}
 
 
-def prepare(name: str) -> Prepared:
-    work = json.loads(name)
+def attention(work: Mapping[str, Any]) -> tuple[Callable[..., torch.Tensor], list[torch.Tensor]]:
+    """A peer's attention, and what it computes from."""
     shape, dtype = work["shape"], getattr(torch, work["dtype"])
     B, T, N, H = (shape[x] for x in "BTNH")
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -88,7 +127,19 @@ def prepare(name: str) -> Prepared:
     function = PEERS[work["peer"]](work, *inputs)
     if work["peer"] == "transformers":  # it splits them itself, from where its projection leaves them: [q|k|v] per head
         inputs = [torch.stack(inputs, 3).reshape(B, T, -1)]
-    cotangent = normal(B, T, N, H)
+    return function, inputs
+
+
+def prepare(name: str) -> Prepared:
+    work = json.loads(name)
+    if work["peer"] in EXPERTS:
+        function, inputs = transformers_experts(work, EXPERTS[work["peer"]])
+    else:
+        function, inputs = attention(work)
+    with torch.no_grad():
+        output = function(*inputs)
+    cotangent = torch.randn(output.shape, device=DEVICE).to(output.dtype)
+    del output
     if backward := work["way"] != "forward":
         inputs = [x.requires_grad_() for x in inputs]
 
@@ -125,7 +176,8 @@ def missing() -> dict[str, str]:
     out = {}
     if DEVICE != "cpu":
         out["transformers"] = "its loop over blocks is a peer on a CPU only"
-    for peer, module in (("transformers", "transformers.models.minimax"), ("fla", "fla.ops.simple_gla")):
+    minimax = dict.fromkeys(("transformers", *EXPERTS), "transformers.models.minimax")
+    for peer, module in {**minimax, "fla": "fla.ops.simple_gla"}.items():
         try:
             import_module(module)
         except ModuleNotFoundError as error:

@@ -121,12 +121,13 @@ def _put(all_SX, g, new_CX):
 
 
 def _block_size(num_rows, num_experts):
-    """Return C: about a quarter of an expert's mean share, so that an eighth of the slots are empty.
+    """Return C: about half of an expert's mean share, so that a quarter of the slots at most are empty when balanced.
 
-    A power of two in 16..256: smaller blocks spend their time fetching weights, larger ones leave the cache.
+    A power of two in 16..256: smaller blocks spend their time fetching weights and adding up their gradients, larger
+    ones leave the cache.
     """
-    quarter = max(num_rows // (4 * num_experts), 1)
-    return min(max(1 << (quarter.bit_length() - 1), 16), 256)
+    half = max(num_rows // (2 * num_experts), 1)
+    return min(max(1 << (half.bit_length() - 1), 16), 256)
 
 
 def _wide(x):
