@@ -9,8 +9,9 @@ need; the losses, gradients and optimizer are the same.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -50,15 +51,17 @@ def bench(path: str, rounds: int) -> None:
     config = build(RLConfig, cli.load_config(path))
     batch = made_up_batch(config)
     medians, _ = interleaved_medians(
-        {"with": program(config, batch, True), "without": program(config, batch, False)}, rounds
+        {"with": program(config, batch), "without": program(config, batch, {module: NOTHING})}, rounds
     )
     more = medians["with"] / medians["without"] - 1
     print(f"{path}: {batch.tokens.shape} tokens in a generation batch, {rounds} rounds, {jax.default_backend()}")
     print(f"update with metrics {medians['with']:.3f} s, without {medians['without']:.3f} s: {more:+.1%}")
 
 
-def program(config: RLConfig, batch: Batch, metrics: bool) -> Callable[[], Any]:
-    """All updates of the batch, again and again on one state."""
+def program(
+    config: RLConfig, batch: Batch, replaced: Mapping[ModuleType, Mapping[str, Callable[..., Any]]] | None = None
+) -> Callable[[], Any]:
+    """All updates of the batch, again and again on one state, with some functions of some modules replaced."""
     mesh, optimizer = data_mesh(), make_optimizer(config.optimizer)
     state = [init_state(0, config.model, optimizer, mesh)]
     update = module.make_update(
@@ -68,8 +71,8 @@ def program(config: RLConfig, batch: Batch, metrics: bool) -> Callable[[], Any]:
 
     def run() -> None:
         with ExitStack() as stack:  # acts when the first call traces the update
-            if not metrics:
-                stack.enter_context(mock.patch.multiple(module, **NOTHING))
+            for where, names in (replaced or {}).items():
+                stack.enter_context(mock.patch.multiple(where, **names))
             state[0], told = update(state[0], batch)
         jax.block_until_ready((state[0], told))
 
