@@ -34,6 +34,7 @@ def compute(losses: Sequence[str] = ("cispo",)) -> dict[str, np.ndarray]:
     from m1jax.sharding import data_mesh, replicated
     from m1jax.train.next_token import TokenBatch, make_supervised_update
     from m1jax.train.pretrained import init_params
+    from m1jax.train.router import RouterConfig
     from m1jax.train.state import init_state
     from m1jax.types import Sampling
 
@@ -60,7 +61,7 @@ def compute(losses: Sequence[str] = ("cispo",)) -> dict[str, np.ndarray]:
     batch = small.batch(prompts, small.rollouts(prompts), updates=2, micro_rows=4)
     # Without the balancing loss, which depends on how the rows are cut.
     rows = TokenBatch(batch.tokens[0], batch.segment_ids[0], batch.weights[0])
-    supervised = make_supervised_update(model, sgd, mesh, balance_coefficient=0.0)
+    supervised = make_supervised_update(model, sgd, mesh, router=RouterConfig(balance_coefficient=0.0))
     state, metrics = supervised(init_state(0, model, sgd, mesh, params), rows)
     found |= _named("supervised", state.params) | {"supervised_loss": metrics["loss"]}
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from m1jax.errors import UserError
-from m1jax.rl.prompts import HELDOUT_INDEX
 from m1jax.rl.recorded import RecordingEngine, ReplayEngine, file_name, load_rollouts, save_rollouts
-from m1jax.types import Sampling
+from m1jax.types import HELDOUT_INDEX, Sampling
 from tests.rl import small
 
 SAMPLING = Sampling(max_tokens=8)
