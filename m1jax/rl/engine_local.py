@@ -60,7 +60,7 @@ class LocalEngine:
 
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
         per_call = max(self.rows // responses, 1)
-        record = self.record_experts and prompts[0].index < HELDOUT_INDEX
+        record = self.record_experts and all(p.index < HELDOUT_INDEX for p in prompts)
         rollouts: list[list[Rollout]] = []
         for start in range(0, len(prompts), per_call):
             chunk = prompts[start : start + per_call]

@@ -312,16 +312,15 @@ def check_heldout(config: RLConfig, meta: Mapping[str, Any]) -> None:
 def check_expert_ids(config: RLConfig, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> None:
     """Raise UserError where rollouts lack the experts that `rollout.router_replay` is about."""
     model, asked = config.model, f"config.rollout.router_replay: {config.rollout.router_replay!r}"
-    source = config.rollout.replay or "this engine"
+    source, mend = config.rollout.replay or "this engine", "record them with 'compare', or choose 'off'"
     for prompt, group in zip(prompts, rollouts, strict=True):
         for r in group:
             tokens = len(prompt.token_ids) + len(r.token_ids)
             if r.expert_ids is None:
-                raise UserError(f"{asked}, and the rollouts of {source} are without their experts; choose 'off'")
-            if r.expert_ids.shape != (tokens, model.num_layers, model.experts_per_token) or (
-                r.expert_ids.max() >= model.num_experts
-            ):
-                raise UserError(f"{asked}, and the rollouts of {source} have experts of another model; choose 'off'")
+                raise UserError(f"{asked}, and the rollouts of {source} are without their experts; {mend}")
+            expected = (tokens, model.num_layers, model.experts_per_token)
+            if r.expert_ids.shape != expected or r.expert_ids.max() >= model.num_experts:
+                raise UserError(f"{asked}, and the rollouts of {source} have experts of another model; {mend}")
 
 
 def open_questions(config: RLConfig) -> Questions:

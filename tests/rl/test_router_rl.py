@@ -139,20 +139,19 @@ def test_recording_changes_no_sample(sampled):
 def test_records_are_packed_where_their_tokens_are(sampled):
     _, _, prompts, rollouts = sampled
     batch = batch_of(prompts, rollouts, updates=2)
-    assert batch.expert_ids.shape == (*batch.tokens.shape, LAYERS, A) and batch.expert_ids.dtype == np.int8
+    assert batch.expert_ids is not None and batch.expert_ids.dtype == np.int8
+    assert batch.expert_ids.shape == (*batch.tokens.shape, LAYERS, A)
     assert (batch.expert_ids[batch.segment_ids == 0] == -1).all()
-    spots = {(u, m, b): row for u, x in enumerate(batch.tokens) for m, y in enumerate(x) for b, row in enumerate(y)}
-    found = 0
-    for prompt, group in zip(prompts, rollouts, strict=True):
-        for r in group:
-            ids = np.concatenate([prompt.token_ids, r.token_ids])
-            for spot, row in spots.items():
-                for start in range(len(row) - len(ids) + 1):
-                    if (row[start : start + len(ids)] == ids).all() and len(
-                        set(batch.segment_ids[spot][start : start + len(ids)].tolist())
-                    ) == 1:
-                        found += (batch.expert_ids[spot][start : start + len(ids)] == r.expert_ids).all()
-    assert found >= 16
+    of_tokens = {
+        (*p.token_ids, *r.token_ids.tolist()): r.expert_ids for p, g in zip(prompts, rollouts, strict=True) for r in g
+    }
+    flat, found = (x.reshape(-1, *x.shape[3:]) for x in (batch.tokens, batch.segment_ids, batch.expert_ids)), 0
+    for tokens_T, segments_T, experts_TLA in zip(*flat, strict=True):
+        for segment in range(1, segments_T.max() + 1):
+            mine = segments_T == segment
+            np.testing.assert_array_equal(experts_TLA[mine], of_tokens[tuple(tokens_T[mine].tolist())])
+            found += 1
+    assert found == 16
     assert batch_of(prompts, rollouts, router_replay=False).expert_ids is None
     bare = [[dataclasses.replace(r, expert_ids=None) for r in group] for group in rollouts]
     with pytest.raises(ValueError, match="the rollouts are without their experts"):
@@ -193,6 +192,7 @@ def test_what_is_compared_and_what_serves(sampled, compared):
     others serve, in policy and trainer's anchor alike (the first ratio stays 1), and not in the frozen reference."""
     model, params, prompts, rollouts = sampled
     batch = batch_of(prompts, rollouts)
+    assert batch.expert_ids is not None
     recorded = (batch.expert_ids >= 0).sum()
     assert 2 * LAYERS * A * 16 < recorded < (batch.segment_ids > 0).sum() * LAYERS * A
 
@@ -236,7 +236,7 @@ def test_other_recorded_experts_are_computed_by_hand():
                 expected += weight * (gate / (1 + np.exp(-gate)) * (x[t] @ params["up"][e])) @ params["down"][e]
             np.testing.assert_allclose(y[t], expected, rtol=1e-10, atol=1e-12)
         np.testing.assert_array_equal(routed["expert_ids"], np.argsort(-logits, axis=1)[:, :2])
-        assert routed["expert_tokens"].tolist() == [(chosen == e).sum() for e in range(3)]
+        np.testing.assert_array_equal(routed["expert_tokens"], [(chosen == e).sum() for e in range(3)])
         assert np.abs(np.asarray(y - run(None)[0]))[:4].max() > 1e-3
 
 
