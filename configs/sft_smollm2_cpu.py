@@ -31,7 +31,7 @@ def get_config(argument: str = "") -> ConfigDict:
             tokenizer=TOKENIZER,
             problems=dict(per_task=100_000, heldout_share=0.3, max_prompt_tokens=80),
             rows=dict(per_update=4, tokens=256, micro_batch_rows=4),
-            balance_coefficient=0.0,  # a dense model routes nothing
+            router=dict(balance_coefficient=0.0),  # a dense model routes nothing
             optimizer=dict(
                 learning_rate=2e-4,
                 warmup_updates=4,

@@ -28,7 +28,7 @@ def get_config(argument: str = "") -> ConfigDict:
             problems=dict(per_task=100_000, heldout_share=0.3, max_prompt_tokens=32),
             # Small batches: at this size the number of updates decides, not the number of tokens.
             rows=dict(per_update=12, tokens=128, micro_batch_rows=12),
-            balance_coefficient=1e-3,
+            router=dict(balance_coefficient=1e-3),
             optimizer=dict(
                 learning_rate=5e-3,
                 warmup_updates=20,

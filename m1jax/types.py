@@ -52,6 +52,10 @@ class Problem:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
+HELDOUT_INDEX = 1 << 31
+"""Held-out prompts are numbered from here, so that their sampling noise is never that of a training prompt."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A problem made ready for the engine.
@@ -79,6 +83,9 @@ class Rollout:
             temperature, computed by the engine (the behaviour policy).
         ending: how it ended.
         weight_version: version of the weights that sampled it.
+        expert_ids: integers [prompt + T, L, A], the experts that served each token of prompt and response in each
+            layer, -1 where the engine did not see the token (the stop token, which it samples and does not read). None
+            where it kept no record.
     """
 
     prompt_index: int
@@ -87,6 +94,7 @@ class Rollout:
     rollout_logprobs: np.ndarray
     ending: Ending
     weight_version: int
+    expert_ids: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,8 @@ class Batch:
         rollout_logprobs: float32 [U, M, B, T], by the alignment rule; 0 where `weights` is 0.
         group_ids: int32 [U, M, B, T], 1, 2, ... by prompt on the tokens that have a weight, else 0.
         reference_logprobs: float32 [U, M, B, T] of the frozen reference, 0 where `weights` is 0; None without one.
+        expert_ids: integers [U, M, B, T, L, A], the experts that served in the engine, -1 where there is no record;
+            None without a replay of routers.
     """
 
     tokens: Array
@@ -203,3 +213,4 @@ class Batch:
     rollout_logprobs: Array
     group_ids: Array
     reference_logprobs: Array | None = None
+    expert_ids: Array | None = None

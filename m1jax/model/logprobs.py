@@ -23,7 +23,12 @@ AUTOMATIC_LOGITS = 2**24
 
 
 def token_logprobs(
-    params: Params, config: ModelConfig, tokens_BT: Array, segment_ids_BT: Array, temperature: float = 1.0
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: Array,
+    segment_ids_BT: Array,
+    temperature: float = 1.0,
+    expert_ids_BTLA: Array | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """log p(tokens[b, t] | earlier tokens of its segment) under softmax(logits / temperature).
 
@@ -33,13 +38,14 @@ def token_logprobs(
         segment_ids_BT: int32, 0 on padding. The first token of a segment has no prefix: its entry is meaningless and
             must be masked by the caller.
         temperature: the sampler's; the trainer must divide by the same one or the ratio is wrong by a power.
+        expert_ids_BTLA: experts that have to serve, of `hidden_states`.
 
     Returns:
         logprobs_BT and entropy_BT (nats, of the distribution that token t was drawn from; no gradient), at least
-        float32, aligned with tokens_BT; router statistics of `hidden_states`.
+        float32, aligned with tokens_BT; what the routers did, of `hidden_states`.
     """
     B, T = tokens_BT.shape
-    hidden_MD, _, router = hidden_states(params, config, tokens_BT, segment_ids_BT)
+    hidden_MD, _, router = hidden_states(params, config, tokens_BT, segment_ids_BT, None, expert_ids_BTLA)
     # The last position predicts nothing inside the row; the roll brings its output to entry 0, which is masked.
     previous_MD = jnp.roll(hidden_MD.reshape(B, T, -1), 1, axis=1).reshape(B * T, -1)
     # A tied head stays the embedding [V, D]: transposed it would be a copy of the largest weight.

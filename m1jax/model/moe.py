@@ -10,7 +10,7 @@ from m1jax.model.config import ModelConfig
 from m1jax.model.kernels import moe_kernel
 from m1jax.model.layers import at_least_float32, parameter, record, weight
 from m1jax.pallas_kernels.moe.api import expert_mlp
-from m1jax.pallas_kernels.moe.router import balance_loss, route
+from m1jax.pallas_kernels.moe.router import replay, route, routing_sums
 
 
 class MixtureOfExperts(nn.Module):
@@ -19,8 +19,14 @@ class MixtureOfExperts(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_MD: jax.Array, live_M: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the branch's output and {"balance_loss": [], "expert_load": [E] shares of the live tokens}."""
+    def __call__(
+        self, x_MD: jax.Array, live_M: jax.Array, recorded_MA: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the branch's output, and the sums of `routing_sums` with "expert_ids": int32 [M, A].
+
+        `recorded_MA` are experts that have to serve in place of the router's own choice, -1 where there are none.
+        "expert_ids" is the own choice all the same.
+        """
         c = self.config
         D, E, F = c.hidden_size, c.num_experts, c.expert_dim
         # Stored and multiplied in float32: bfloat16 logits flip near-tied choices between trainer and engine.
@@ -33,14 +39,15 @@ class MixtureOfExperts(nn.Module):
 
         router_logits_ME = jnp.dot(at_least_float32(x_MD), w_router_DE, precision=jax.lax.Precision.HIGHEST)
         record(self, "router_probabilities_ME", jax.nn.softmax(router_logits_ME))
-        expert_ids_MA, combine_weights_MA = route(router_logits_ME, c.experts_per_token)
+        own_MA, combine_weights_MA = route(router_logits_ME, c.experts_per_token)
+        expert_ids_MA = own_MA
+        if recorded_MA is not None:
+            expert_ids_MA, combine_weights_MA = replay(router_logits_ME, own_MA, recorded_MA)
         y_MD = expert_mlp(
             x_MD, expert_ids_MA, combine_weights_MA.astype(x_MD.dtype), w_gate_EDF, w_up_EDF, w_down_EFD,
             implementation=moe_kernel(c),
         )  # fmt: skip
-        chosen_ME = (expert_ids_MA[:, :, None] == jnp.arange(E)).any(axis=1) & live_M[:, None]
-        load_E = chosen_ME.sum(axis=0) / jnp.maximum(live_M.sum() * c.experts_per_token, 1)
-        return y_MD, {"balance_loss": balance_loss(router_logits_ME, expert_ids_MA, live_M), "expert_load": load_E}
+        return y_MD, routing_sums(router_logits_ME, own_MA, expert_ids_MA, live_M) | {"expert_ids": own_MA}
 
 
 class DenseMLP(nn.Module):
@@ -49,12 +56,12 @@ class DenseMLP(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_MD: jax.Array, live_M: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """As `MixtureOfExperts`; nothing is routed, so nothing is out of balance."""
+    def __call__(self, x_MD: jax.Array, live_M: jax.Array, recorded_MA: None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """As `MixtureOfExperts`; nothing is routed, so there is nothing to tell of it: {}."""
         c = self.config
         D, F = c.hidden_size, c.expert_dim
         w_gate_DF = weight(self, "gate", (D, F), ("embed", "mlp"), c)
         w_up_DF = weight(self, "up", (D, F), ("embed", "mlp"), c)
         w_down_FD = weight(self, "down", (F, D), ("mlp", "embed"), c)
         y_MD = (jax.nn.silu(x_MD @ w_gate_DF) * (x_MD @ w_up_DF)) @ w_down_FD
-        return y_MD, {"balance_loss": jnp.zeros(()), "expert_load": jnp.ones((1,))}
+        return y_MD, {}

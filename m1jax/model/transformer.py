@@ -42,13 +42,16 @@ from m1jax.types import Array, Params
 
 
 class Layer(nn.Module):
-    """One decoder layer of the given kind: h_MD, its slopes, its part of the cache or None, what all layers share."""
+    """One decoder layer of the given kind.
+
+    Of h_MD, its slopes, its part of the cache or None, the experts that have to serve or None, what all layers share.
+    """
 
     config: ModelConfig
     kind: str
 
     @nn.compact
-    def __call__(self, h_MD, slopes_N, cache, context):
+    def __call__(self, h_MD, slopes_N, cache, recorded_MA, context):
         c = self.config
         positions_BT, segment_ids_BT, slots = context
         u_MD = RMSNorm(c, c.norm_eps, name="norm_attention")(h_MD)
@@ -61,7 +64,7 @@ class Layer(nn.Module):
         a_MD = alpha * (u_MD if c.postnorm else h_MD) + beta * y_MD
         v_MD = RMSNorm(c, c.norm_eps, name="norm_mlp")(a_MD)
         mlp = MixtureOfExperts if c.num_experts else DenseMLP
-        y_MD, router = mlp(c, name="mlp")(v_MD, segment_ids_BT.reshape(-1) > 0)
+        y_MD, router = mlp(c, name="mlp")(v_MD, segment_ids_BT.reshape(-1) > 0, recorded_MA)
         h_MD = c.mlp_alpha * (v_MD if c.postnorm else a_MD) + c.mlp_beta * y_MD
         record(self, "output_MD", h_MD)
         return h_MD, (cache, router)
@@ -73,13 +76,13 @@ class Period(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, h_MD, slopes_by_run, _, context):
+    def __call__(self, h_MD, slopes_by_run, _, recorded_by_run, context):
         c = self.config
         layer = nn.remat(Layer, prevent_cse=False) if c.remat == "layer" else Layer
         routers = []
         for i, (kind, count) in enumerate(c.runs):
             run = _scanned(layer, count, "layers")(c, kind, name=f"{i}_{kind}")
-            h_MD, (_, router) = run(h_MD, slopes_by_run[i], None, context)
+            h_MD, (_, router) = run(h_MD, slopes_by_run[i], None, recorded_by_run[i], context)
             routers.append(router)
         return h_MD, tuple(routers)
 
@@ -90,7 +93,7 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, context):
+    def __call__(self, tokens_BT, recorded_LMA, context):
         c = self.config
         D, V, init = c.hidden_size, c.vocab_size, nn.initializers.normal(c.init_std)
         table_VD = parameter(self, "embedding", (V, D), ("vocab", "embed"), c.param_dtype, init)
@@ -99,12 +102,12 @@ class Decoder(nn.Module):
 
         h_MD = table_VD[tokens_BT.reshape(-1)].astype(c.dtype)
         periods = _scanned(Period, c.num_periods, "periods")(c, name="periods")
-        h_MD, routers = periods(h_MD, _slopes_by_run(c), None, context)
+        h_MD, routers = periods(h_MD, _slopes_by_run(c), None, _by_run(c, recorded_LMA), context)
         return RMSNorm(c, c.norm_eps, name="norm_final")(h_MD), routers
 
 
 def _one_after_another(
-    params: Params, config: ModelConfig, tokens_BT: Array, context: Any, caches: Any, *, traced: bool
+    params: Params, config: ModelConfig, tokens_BT: Array, recorded_LMA: Any, context: Any, caches: Any, *, traced: bool
 ) -> tuple[jax.Array, tuple[Any, ...], list[dict[str, jax.Array]]]:
     """What `Decoder` computes, without a scan; `params` from `by_layer`, one cache and one router for each layer."""
     h_MD: Any = params["embedding"][tokens_BT.reshape(-1)].astype(config.dtype)
@@ -114,7 +117,8 @@ def _one_after_another(
         if config.remat == "layer":
             layer = jax.checkpoint(layer)
         slopes_N = jnp.asarray(slopes(config.num_heads, i, config.num_layers)) if kind == "lightning" else None
-        result: Any = layer({"params": params["layers"][i]}, h_MD, slopes_N, caches[i], context)
+        recorded_MA = None if recorded_LMA is None else recorded_LMA[i]
+        result: Any = layer({"params": params["layers"][i]}, h_MD, slopes_N, caches[i], recorded_MA, context)
         (h_MD, (cache, router)), recorded = result if traced else (result, None)
         new_caches.append(cache)
         routers.append(router if recorded is None else _by_name(recorded[TRACE]))
@@ -147,7 +151,7 @@ def _scanned(module: Any, length: int, axis_name: str) -> Any:
         length=length,
         variable_axes={"params": 0, TRACE: 0},
         split_rngs={"params": True},
-        in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # one per argument is fine
+        in_axes=(0, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # one per argument is fine
         metadata_params={nn.PARTITION_NAME: axis_name},
     )
 
@@ -169,9 +173,17 @@ def _slopes_by_run(config: ModelConfig) -> tuple[jax.Array | None, ...]:
     return tuple(table)
 
 
+def _by_run(config: ModelConfig, x_L: jax.Array | None) -> tuple[jax.Array | None, ...]:
+    """[L, ...] as one [periods, run, ...] for each run."""
+    if x_L is None:
+        return (None,) * len(config.runs)
+    ends = np.cumsum([count for _, count in config.runs])
+    return tuple(jnp.split(x_L.reshape(config.num_periods, -1, *x_L.shape[1:]), ends[:-1], axis=1))
+
+
 def _boxed_init(key: jax.Array, config: ModelConfig) -> Any:
     one_BT = jnp.ones((1, 1), jnp.int32)
-    return Decoder(config).init(key, one_BT, (one_BT, one_BT, None))["params"]
+    return Decoder(config).init(key, one_BT, None, (one_BT, one_BT, None))["params"]
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
@@ -186,17 +198,27 @@ def logical_axes(config: ModelConfig) -> Any:
 
 @overload
 def hidden_states(
-    params: Params, config: ModelConfig, tokens_BT: Array, segment_ids_BT: Array, cache: Cache
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: Array,
+    segment_ids_BT: Array,
+    cache: Cache,
+    expert_ids_BTLA: Array | None = None,
 ) -> tuple[jax.Array, Cache, dict[str, jax.Array]]: ...
 
 
 @overload
 def hidden_states(
-    params: Params, config: ModelConfig, tokens_BT: Array, segment_ids_BT: Array, cache: None = None
+    params: Params,
+    config: ModelConfig,
+    tokens_BT: Array,
+    segment_ids_BT: Array,
+    cache: None = None,
+    expert_ids_BTLA: Array | None = None,
 ) -> tuple[jax.Array, None, dict[str, jax.Array]]: ...
 
 
-def hidden_states(params, config, tokens_BT, segment_ids_BT, cache=None):
+def hidden_states(params, config, tokens_BT, segment_ids_BT, cache=None, expert_ids_BTLA=None):
     """Run the decoder up to the final norm.
 
     Args:
@@ -205,17 +227,22 @@ def hidden_states(params, config, tokens_BT, segment_ids_BT, cache=None):
         tokens_BT: int32 token ids.
         segment_ids_BT: int32, 0 on padding, else the packed segment's number. With a cache: 0 or 1.
         cache: memory of the rows' earlier tokens, or None to start (and end) without one.
+        expert_ids_BTLA: integers, the experts that serve each token in each layer in place of the router's choice
+            (`replay` of `m1jax.pallas_kernels.moe.router`), -1 where it chooses itself. None: everywhere.
 
     Returns:
-        hidden_MD [B * T, D] in the compute dtype, the grown cache (None without one), and router statistics averaged
-        over layers: {"balance_loss": [], "expert_load": [E]}.
+        hidden_MD [B * T, D] in the compute dtype, the grown cache (None without one), and what the routers did, layers
+        first: the sums over live tokens of `routing_sums` (same file), [L] or [L, E], which add up over micro-batches
+        and devices, and "expert_ids" int32 [L, B * T, A], their own choice, best first. {} for a dense model.
     """
-    hidden_MD, cache, routers = _run(params, config, tokens_BT, segment_ids_BT, cache, traced=False)
-    return hidden_MD, cache, jax.tree.map(lambda x: x.mean(axis=0), routers)
+    return _run(params, config, tokens_BT, segment_ids_BT, cache, expert_ids_BTLA, traced=False)
 
 
-def _run(params, config: ModelConfig, tokens_BT, segment_ids_BT, cache, *, traced: bool):
-    """(hidden_MD, cache, per layer the router statistics or, traced, what the modules record), in order of layers."""
+def _run(params, config: ModelConfig, tokens_BT, segment_ids_BT, cache, expert_ids_BTLA=None, *, traced: bool):
+    """(hidden_MD, cache, what the routers or, traced, the modules tell of themselves), in order of layers."""
+    recorded_LMA = None
+    if expert_ids_BTLA is not None:
+        recorded_LMA = jnp.moveaxis(expert_ids_BTLA.reshape(-1, *expert_ids_BTLA.shape[2:]), 1, 0)
     if cache is None:
         context, caches = (positions_in_segments(segment_ids_BT), segment_ids_BT, None), (None,) * config.num_layers
     else:
@@ -225,7 +252,7 @@ def _run(params, config: ModelConfig, tokens_BT, segment_ids_BT, cache, *, trace
         caches = cache.layers
     if cache is None and config.scan_layers and "layers" not in params:
         result: Any = Decoder(config).apply(
-            {"params": params}, tokens_BT, context, mutable=[TRACE] if traced else False
+            {"params": params}, tokens_BT, recorded_LMA, context, mutable=[TRACE] if traced else False
         )
         (hidden_MD, routers), recorded = result if traced else (result, None)
         if recorded is not None:
@@ -234,7 +261,7 @@ def _run(params, config: ModelConfig, tokens_BT, segment_ids_BT, cache, *, trace
         join = lambda *parts: jnp.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])  # noqa: E731
         return hidden_MD, None, jax.tree.map(join, *routers)
     hidden_MD, layers, routers = _one_after_another(
-        by_layer(params, config), config, tokens_BT, context, caches, traced=traced
+        by_layer(params, config), config, tokens_BT, recorded_LMA, context, caches, traced=traced
     )
     if cache is not None:
         cache = dataclasses.replace(cache, layers=layers)

@@ -93,6 +93,8 @@ def make_batch(
     aggregation: str,
     longest: int,
     reference: Sequence[Sequence[np.ndarray]] | None = None,
+    *,
+    router_replay: bool = False,
 ) -> Batch:
     """Deal out the live groups to updates and pack their live rollouts into rows.
 
@@ -105,14 +107,21 @@ def make_batch(
         aggregation: one of `AGGREGATIONS`, see above.
         longest: tokens that a response may have.
         reference: log-probabilities of the frozen reference, one array for each response; None without one.
+        router_replay: pack the experts that served; every rollout has them then.
 
     Raises:
-        ValueError: prompts and rollouts do not belong together.
+        ValueError: prompts and rollouts do not belong together, or rollouts lack their experts.
     """
     lead = (shape.updates, shape.micro_batches * shape.rows, shape.tokens)
     tokens, segment_ids, group_ids = (np.zeros(lead, np.int32) for _ in range(3))
     weights, advantages, logprobs = (np.zeros(lead, np.float32) for _ in range(3))
     reference_logprobs = None if reference is None else np.zeros(lead, np.float32)
+
+    expert_ids = None
+    if router_replay:
+        if (first := rollouts[0][0].expert_ids) is None:
+            raise ValueError("router_replay: the rollouts are without their experts")
+        expert_ids = np.full((*lead, *first.shape[1:]), -1, first.dtype)
 
     for place in _places(prompts, rollouts, live_PR, shape, aggregation, longest):
         p, i, row, response = place.prompt, place.response, place.row, place.where
@@ -126,11 +135,16 @@ def make_batch(
         logprobs[row][response] = rollout.rollout_logprobs
         if reference is not None and reference_logprobs is not None:
             reference_logprobs[row][response] = reference[p][i]
+        if expert_ids is not None:
+            expert_ids[row][whole] = rollout.expert_ids
 
-    cut = lambda x: x.reshape(shape.updates, shape.micro_batches, shape.rows, shape.tokens)  # noqa: E731
+    cut = lambda x: x.reshape(shape.updates, shape.micro_batches, shape.rows, *x.shape[2:])  # noqa: E731
     tokens, segment_ids, weights, advantages = map(cut, (tokens, segment_ids, weights, advantages))
     reference_logprobs = None if reference_logprobs is None else cut(reference_logprobs)
-    return Batch(tokens, segment_ids, weights, advantages, cut(logprobs), cut(group_ids), reference_logprobs)
+    expert_ids = None if expert_ids is None else cut(expert_ids)
+    return Batch(
+        tokens, segment_ids, weights, advantages, cut(logprobs), cut(group_ids), reference_logprobs, expert_ids
+    )
 
 
 def of_responses(

@@ -73,6 +73,20 @@ def token_metrics(batch: Batch, x: LossInput, entropy: jax.Array, loss: LossConf
     }
 
 
+def replay_differences(
+    own_LMA: jax.Array, expert_ids_BTLA: jax.Array, segment_ids_BT: jax.Array
+) -> dict[str, jax.Array]:
+    """Recorded choices (token, slot) of live tokens in each layer, and those that are not among the trainer's own.
+
+    int32 [L] each, sums as those of `routing_sums` in `m1jax.pallas_kernels.moe.router`.
+    """
+    recorded_LMA = jnp.moveaxis(expert_ids_BTLA.reshape(-1, *expert_ids_BTLA.shape[2:]), 1, 0).astype(jnp.int32)
+    known_LMA = (recorded_LMA >= 0) & (segment_ids_BT.reshape(1, -1, 1) > 0)
+    agrees_LMA = (recorded_LMA[..., :, None] == own_LMA[..., None, :]).any(axis=-1)
+    count = lambda which: jnp.sum(which, axis=(1, 2), dtype=jnp.int32)  # noqa: E731
+    return {"recorded": count(known_LMA), "recorded_differs": count(known_LMA & ~agrees_LMA)}
+
+
 def sample_entries(tree: Params) -> Entries:
     """float32: all entries of small arrays, GRADIENT_SAMPLE of a large one at places that are drawn once, for ever."""
     values, stands_for = [], []

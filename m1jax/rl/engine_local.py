@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from m1jax.model import cache as cache_lib
 from m1jax.model.config import ModelConfig
 from m1jax.model.transformer import by_layer, head, hidden_states
 from m1jax.sharding import DATA
-from m1jax.types import ENDINGS, Params, Prompt, Rollout, Sampling
+from m1jax.types import ENDINGS, HELDOUT_INDEX, Params, Prompt, Rollout, Sampling
 
 
 class LocalEngine:
@@ -35,28 +36,42 @@ class LocalEngine:
         prompt_tokens: bucket that prompts are padded to; a longer prompt is refused.
         rows: responses sampled at the same time; a multiple of the responses per prompt.
         stop_ids: ids that end a response; the one that was sampled is part of it.
+        record_experts: keep the experts that served, `Rollout.expert_ids`; those of held-out prompts are not kept.
     """
 
-    def __init__(self, config: ModelConfig, *, prompt_tokens: int, rows: int, stop_ids: Sequence[int], mesh: Mesh):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        prompt_tokens: int,
+        rows: int,
+        stop_ids: Sequence[int],
+        mesh: Mesh,
+        record_experts: bool = False,
+    ):
         self.config, self.prompt_tokens, self.rows = config, prompt_tokens, rows
-        self.stop_ids = tuple(stop_ids)
+        self.stop_ids, self.record_experts = tuple(stop_ids), record_experts
         self.params: Params = None
         self.version = -1
-        self._sample = jax.jit(partial(self._sample_shards, mesh), static_argnames=("sampling", "responses"))
+        self._sample = jax.jit(partial(self._sample_shards, mesh), static_argnames=("sampling", "responses", "record"))
 
     def set_weights(self, params: Params, version: int) -> None:
         self.params, self.version = params, version
 
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
         per_call = max(self.rows // responses, 1)
+        record = self.record_experts and all(p.index < HELDOUT_INDEX for p in prompts)
         rollouts: list[list[Rollout]] = []
         for start in range(0, len(prompts), per_call):
             chunk = prompts[start : start + per_call]
             arrays = self._pad(chunk, per_call)
-            sampled = self._sample(self.params, *arrays, seed, sampling=sampling, responses=responses)
+            sampled, experts = self._sample(
+                self.params, *arrays, seed, sampling=sampling, responses=responses, record=record
+            )
             ids, logprobs, lengths, endings = (
                 np.asarray(x).reshape(per_call, responses, *x.shape[1:]) for x in sampled
             )
+            served = _by_rollout(experts, chunk, lengths)
             for p, prompt in enumerate(chunk):
                 rollouts.append(
                     [
@@ -67,15 +82,20 @@ class LocalEngine:
                             rollout_logprobs=logprobs[p, i, : lengths[p, i]].copy(),
                             ending=ENDINGS[endings[p, i]],
                             weight_version=self.version,
+                            expert_ids=served[p][i],
                         )
                         for i in range(responses)
                     ]
                 )
         return rollouts
 
-    def _sample_shards(self, mesh, params, tokens_PT, segment_ids_PT, prompt_index_P, seed, *, sampling, responses):
+    def _sample_shards(
+        self, mesh, params, tokens_PT, segment_ids_PT, prompt_index_P, seed, *, sampling, responses, record
+    ):
         """`sample` with the prompts dealt out to the devices, each of which decodes its own rows to their end."""
-        local = partial(sample, config=self.config, sampling=sampling, responses=responses, stop_ids=self.stop_ids)
+        local = partial(
+            sample, config=self.config, sampling=sampling, responses=responses, stop_ids=self.stop_ids, record=record
+        )
         shard = jax.shard_map(
             local, mesh=mesh, in_specs=(P(), P(DATA), P(DATA), P(DATA), P()), out_specs=P(DATA), check_vma=False
         )
@@ -108,23 +128,28 @@ def sample(
     sampling: Sampling,
     responses: int,
     stop_ids: tuple[int, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    record: bool = False,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
     """Sample `responses` continuations of every prompt; rows are prompt-major, B = P * responses.
 
     Args:
         tokens_PT, segment_ids_PT: right-padded prompts; a row of zeros is a dummy and yields nothing.
         prompt_index_P: uint32, names the prompt in the noise.
+        record: keep the experts that serve.
 
     Returns:
-        ids_BS int32 and logprobs_BS float32 (S = sampling.max_tokens, zeros after the end), lengths_B int32, and
-        endings_B int32, an index into `m1jax.types.ENDINGS`.
+        (ids_BS int32, logprobs_BS float32, lengths_B int32, endings_B int32): S = sampling.max_tokens, zeros after the
+        end, endings as an index into `m1jax.types.ENDINGS`.
+        (expert_ids_PTLA, expert_ids_BSLA) of prompts and responses in the smallest signed dtype, -1 where no live token
+        was read; None without `record`.
     """
     P, T = tokens_PT.shape
     B, S = P * responses, sampling.max_tokens
 
     params = by_layer(params, config)  # here, not in every step
     cache = cache_lib.empty(config, P, T + S)
-    hidden_MD, cache, _ = hidden_states(params, config, tokens_PT, segment_ids_PT, cache)
+    hidden_MD, cache, routed = hidden_states(params, config, tokens_PT, segment_ids_PT, cache)
+    experts_PTLA = _experts(routed, config, segment_ids_PT) if record else None
     last_P = jnp.maximum(segment_ids_PT.sum(axis=1) - 1, 0)
     hidden_PD = hidden_MD.reshape(P, T, -1)[jnp.arange(P), last_P]
     logits_BV = jnp.repeat(head(params, hidden_PD), responses, axis=0)
@@ -135,7 +160,7 @@ def sample(
     key_B = key_BS.reshape(B)
 
     def step(carry):
-        t, cache, logits_BV, ids_BS, logprobs_BS, lengths_B, endings_B, run_B, live_B = carry
+        t, cache, logits_BV, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, run_B, live_B = carry
         token_B, logprob_B = sample_token(key_B, t, logits_BV, sampling)
         ids_BS = ids_BS.at[:, t].set(jnp.where(live_B, token_B, 0))
         logprobs_BS = logprobs_BS.at[:, t].set(jnp.where(live_B, logprob_B, 0.0))
@@ -150,18 +175,44 @@ def sample(
         )
         live_B = live_B & ~ended_B
 
-        hidden_BD, cache, _ = hidden_states(params, config, token_B[:, None], live_B[:, None].astype(jnp.int32), cache)
-        return t + 1, cache, head(params, hidden_BD), ids_BS, logprobs_BS, lengths_B, endings_B, run_B, live_B
+        segment_B1 = live_B[:, None].astype(jnp.int32)
+        hidden_BD, cache, routed = hidden_states(params, config, token_B[:, None], segment_B1, cache)
+        if experts_BSLA is not None:
+            experts_BSLA = jax.lax.dynamic_update_slice_in_dim(experts_BSLA, _experts(routed, config, segment_B1), t, 1)
+        logits_BV = head(params, hidden_BD)
+        return t + 1, cache, logits_BV, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, run_B, live_B
 
     zeros_B = jnp.zeros((B,), jnp.int32)
+    experts_BSLA = None if experts_PTLA is None else jnp.full((B, S, *experts_PTLA.shape[2:]), -1, experts_PTLA.dtype)
     carry = (
         jnp.zeros((), jnp.int32), cache, logits_BV, jnp.zeros((B, S), jnp.int32), jnp.zeros((B, S), jnp.float32),
-        zeros_B, jnp.full((B,), ENDINGS.index("length"), jnp.int32), zeros_B,
+        experts_BSLA, zeros_B, jnp.full((B,), ENDINGS.index("length"), jnp.int32), zeros_B,
         jnp.repeat(segment_ids_PT.any(axis=1), responses),
     )  # fmt: skip
     carry = jax.lax.while_loop(lambda carry: (carry[0] < S) & carry[-1].any(), step, carry)
-    _, _, _, ids_BS, logprobs_BS, lengths_B, endings_B, _, _ = carry
-    return ids_BS, logprobs_BS, lengths_B, endings_B
+    _, _, _, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, _, _ = carry
+    sampled = ids_BS, logprobs_BS, lengths_B, endings_B
+    return sampled, None if experts_PTLA is None or experts_BSLA is None else (experts_PTLA, experts_BSLA)
+
+
+def _by_rollout(experts: Any, prompts: Sequence[Prompt], lengths_PR: np.ndarray) -> list[list[np.ndarray | None]]:
+    """What `sample` recorded as one array [prompt + response, L, A] for each rollout, or as many None."""
+    if experts is None:
+        return [[None] * lengths_PR.shape[1] for _ in prompts]
+    of_prompts, of_responses = (np.asarray(x) for x in experts)
+    of_responses = of_responses.reshape(*lengths_PR.shape, *of_responses.shape[1:])
+
+    def joined(p: int, i: int) -> np.ndarray:
+        return np.concatenate([of_prompts[p, : len(prompts[p].token_ids)], of_responses[p, i, : lengths_PR[p, i]]])
+
+    return [[joined(p, i) for i in range(lengths_PR.shape[1])] for p in range(len(prompts))]
+
+
+def _experts(routed: dict[str, jax.Array], config: ModelConfig, segment_ids_BT: jax.Array) -> jax.Array:
+    """[B, T, L, A] of what the routers tell, in the smallest signed dtype that holds them; -1 on padding."""
+    ids_MLA = jnp.moveaxis(routed["expert_ids"], 0, 1).astype(np.min_scalar_type(-config.num_experts))
+    ids_BTLA = ids_MLA.reshape(*segment_ids_BT.shape, *ids_MLA.shape[1:])
+    return jnp.where(segment_ids_BT[:, :, None, None] > 0, ids_BTLA, -1)
 
 
 def sample_token(

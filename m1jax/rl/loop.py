@@ -56,6 +56,7 @@ def train(
                 batch = make_batch(
                     generation.prompts, generation.rollouts, advantages_PR, live_PR, config.batch_shape,
                     loss.aggregation, config.sampling.max_tokens, generation.reference,
+                    router_replay=config.rollout.router_replay != "off",
                 )  # fmt: skip
             with run.clock.stage("update"):
                 run.state, device_metrics = run.update(run.state, batch)

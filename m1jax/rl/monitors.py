@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from m1jax.rl.diagnostics import GRADIENT_DECADES, PROBABILITIES
+from m1jax.train.router import router_metrics
 from m1jax.types import ENDINGS, Prompt, Rollout
 
 
@@ -48,7 +50,7 @@ def rollout_metrics(
     return metrics
 
 
-def update_metrics(device: Mapping[str, np.ndarray]) -> dict[str, float]:
+def update_metrics(device: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of `m1jax.rl.update` [updates] to the scalars of a step; updates without a live token do not count.
 
     Of the first update come the numbers that compare trainer and engine (no update lies between them); of the last
@@ -57,7 +59,7 @@ def update_metrics(device: Mapping[str, np.ndarray]) -> dict[str, float]:
     applied = np.flatnonzero(np.asarray(device["tokens"]) > 0)
     if not applied.size:
         return {"train/updates_applied": 0}
-    values = {name: np.asarray(x, np.float64)[applied] for name, x in device.items()}
+    values = {name: np.asarray(x, np.float64)[applied] for name, x in device.items() if name != "router"}
     first, mean, largest = (lambda n: values[n][0]), (lambda n: values[n].mean()), (lambda n: values[n].max())
     later = values["abs_log_ratio"][1:]
     metrics = {
@@ -98,10 +100,25 @@ def update_metrics(device: Mapping[str, np.ndarray]) -> dict[str, float]:
         metrics["train/kl"] = values["kl"][-1]
     if "eps_dominated_share" in values:
         metrics["optimizer/eps_dominated_share"] = values["eps_dominated_share"][-1]
+    metrics |= _router_metrics({name: np.asarray(x, np.float64)[applied] for name, x in device["router"].items()})
     counts = values["gradient_histogram"].mean(axis=0)
     for decade, count in zip(range(*GRADIENT_DECADES), counts / max(counts.sum(), 1), strict=True):
         metrics[f"gradient/log10_{decade}"] = count
     return {name: value if isinstance(value, int) else float(value) for name, value in metrics.items()}
+
+
+def _router_metrics(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means over the updates of what the routers did, from their sums [updates, L, ...]."""
+    if not sums:
+        return {}
+    by_update = [router_metrics({name: x[u] for name, x in sums.items()}) for u in range(len(sums["tokens"]))]
+    metrics: dict[str, Any] = {name: np.mean([update[name] for update in by_update]) for name in by_update[0]}
+    if "recorded" in sums:
+        differs = sums["recorded_differs"].sum(axis=1) / np.maximum(sums["recorded"].sum(axis=1), 1)
+        metrics["router/replay_differs"] = differs[0]
+        if len(differs) > 1:
+            metrics["router/replay_differs_later_updates"] = differs[1:].mean()
+    return metrics
 
 
 def _bin_names() -> list[str]:

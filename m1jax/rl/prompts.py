@@ -8,10 +8,7 @@ import grain
 from grain.sources import RandomAccessDataSource
 
 from m1jax.errors import UserError
-from m1jax.types import Problem, Prompt
-
-HELDOUT_INDEX = 1 << 31
-"""Held-out prompts are numbered from here, so that their sampling noise is never that of a training prompt."""
+from m1jax.types import HELDOUT_INDEX, Problem, Prompt
 
 Tokenize = Callable[[str], tuple[int, ...]]
 

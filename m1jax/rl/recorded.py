@@ -3,8 +3,9 @@
     rollouts/00000003-0000000192.npz     sampled with the weights after step 3, from prompt 192 on
 
 One file holds one call: its temperature, and for each of N rollouts its prompt's index and ids, sample number, ids,
-log-probabilities and ending. A replay needs no sampler: it repeats the updates of a run exactly, or tries another loss
-on the same rollouts (whose ratios stay right, for they are taken against the log-probabilities on file).
+log-probabilities and ending, and the experts that served where the engine kept them. A replay needs no sampler: it
+repeats the updates of a run exactly, or tries another loss on the same rollouts (whose ratios stay right, for they are
+taken against the log-probabilities on file).
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from m1jax.errors import UserError
-from m1jax.rl.prompts import HELDOUT_INDEX
-from m1jax.types import ENDINGS, Engine, Params, Problem, Prompt, Rollout, Sampling
+from m1jax.types import ENDINGS, HELDOUT_INDEX, Engine, Params, Problem, Prompt, Rollout, Sampling
 
 ROLLOUTS = "rollouts"
 SAME = "config.tasks, problems, tokenizer, seed, rollout and reward have to be"
@@ -117,6 +117,9 @@ def save_rollouts(
         "endings": np.array([ENDINGS.index(r.ending) for r in flat], np.int32),
         "weight_versions": np.array([r.weight_version for r in flat], np.int32),
     }
+    experts = [r.expert_ids for r in flat if r.expert_ids is not None]
+    if len(experts) == len(flat):
+        arrays["expert_ids"] = np.concatenate(experts)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_suffix(".new")
     with staging.open("wb") as stream:
@@ -132,7 +135,7 @@ def load_rollouts(path: Path) -> tuple[list[Prompt], list[list[Rollout]], float]
     """
     try:
         with np.load(path) as file:
-            a = {name: file[name] for name in FIELDS}
+            a = {name: file[name] for name in (*FIELDS, *({"expert_ids"} & set(file.files)))}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged ({error}); delete it and record the run again") from error
     ids = np.split(a["prompt_ids"], np.cumsum(a["prompt_lengths"])[:-1])
@@ -141,10 +144,14 @@ def load_rollouts(path: Path) -> tuple[list[Prompt], list[list[Rollout]], float]
     ]
     cuts, responses = np.cumsum(a["lengths"])[:-1], int(a["responses"])
     tokens, logprobs = np.split(a["token_ids"], cuts), np.split(a["rollout_logprobs"], cuts)
+    experts: Sequence[np.ndarray | None] = [None] * len(tokens)
+    if "expert_ids" in a:
+        experts = np.split(a["expert_ids"], np.cumsum(np.repeat(a["prompt_lengths"], responses) + a["lengths"])[:-1])
     flat = [
         Rollout(
             prompt_index=prompts[n // responses].index, sample=n % responses, token_ids=tokens[n],
             rollout_logprobs=logprobs[n], ending=ENDINGS[a["endings"][n]], weight_version=int(a["weight_versions"][n]),
+            expert_ids=experts[n],
         )
         for n in range(len(tokens))
     ]  # fmt: skip

@@ -198,6 +198,8 @@ class Run:
             prompts = self.source.take(first, count)
         with self.clock.stage("rollout"):
             rollouts = self.engine.generate(prompts, config.rollout.responses, config.sampling, self.noise_seed)
+        if config.rollout.router_replay != "off":
+            check_expert_ids(config, prompts, rollouts)
         reference = None
         if self.reference is not None:
             with self.clock.stage("reference"):
@@ -307,6 +309,20 @@ def check_heldout(config: RLConfig, meta: Mapping[str, Any]) -> None:
         )
 
 
+def check_expert_ids(config: RLConfig, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> None:
+    """Raise UserError where rollouts lack the experts that `rollout.router_replay` is about."""
+    model, asked = config.model, f"config.rollout.router_replay: {config.rollout.router_replay!r}"
+    source, mend = config.rollout.replay or "this engine", "record them with 'compare', or choose 'off'"
+    for prompt, group in zip(prompts, rollouts, strict=True):
+        for r in group:
+            tokens = len(prompt.token_ids) + len(r.token_ids)
+            if r.expert_ids is None:
+                raise UserError(f"{asked}, and the rollouts of {source} are without their experts; {mend}")
+            expected = (tokens, model.num_layers, model.experts_per_token)
+            if r.expert_ids.shape != expected or r.expert_ids.max() >= model.num_experts:
+                raise UserError(f"{asked}, and the rollouts of {source} have experts of another model; {mend}")
+
+
 def open_questions(config: RLConfig) -> Questions:
     """Tokenizer, tasks and held-out prompts of a run.
 
@@ -350,6 +366,7 @@ def local_engine(config: RLConfig, questions: Questions, mesh: Mesh) -> LocalEng
         rows=config.rollout.engine_rows,
         stop_ids=questions.tokenizer.stop_ids,
         mesh=mesh,
+        record_experts=config.rollout.router_replay != "off",
     )
 
 
@@ -443,6 +460,7 @@ def open_run(
         update = make_update(
             config.model, config.loss, optimizer, mesh,
             temperature=config.sampling.temperature, passes=config.update.passes, adam=config.optimizer,
+            router=config.router, replay=config.rollout.router_replay == "use",
         )  # fmt: skip
         log(config.loss.describe())
         for line in config.warnings():

@@ -12,8 +12,11 @@ from m1jax.rl.batch import BatchShape, UpdateConfig
 from m1jax.rl.loss import LossConfig
 from m1jax.rl.shaping import ENDING_POLICIES
 from m1jax.train.optimizer import OptimizerConfig
+from m1jax.train.router import NO_AUXILIARY_LOSS, RouterConfig, check_router
 from m1jax.train.settings import CheckpointConfig
 from m1jax.types import Sampling
+
+ROUTER_REPLAY = ("off", "compare", "use")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class RolloutConfig:
         overfit_one_batch: ask the first `prompts` prompts in every step: the reward has to go to its maximum.
         save: keep all training rollouts in the run folder, `rollouts/`.
         replay: run folder whose saved rollouts stand in for an engine; "" for none. Nothing is evaluated then.
+        router_replay: what becomes of the experts that served in the engine. "off": no record. "compare": they are
+            recorded, saved with the rollouts, and compared with the trainer's own choice. "use": besides, they serve in
+            the trainer too, weighted by its own logits (R3, arXiv 2510.11370), the trainer's anchor included; the
+            frozen reference chooses its own.
     """
 
     prompts: int
@@ -41,6 +48,7 @@ class RolloutConfig:
     overfit_one_batch: bool = False
     save: bool = False
     replay: str = ""
+    router_replay: str = "off"
 
     def __post_init__(self):
         if self.prompts < 1:
@@ -58,6 +66,8 @@ class RolloutConfig:
             raise ValueError(f"max_prompts: {self.max_prompts} is read by dynamic sampling only; leave it out")
         if self.overfit_one_batch and self.dynamic_sampling:
             raise ValueError("overfit_one_batch: dynamic sampling would ask other prompts; choose one of the two")
+        if self.router_replay not in ROUTER_REPLAY:
+            raise ValueError(f"router_replay: {self.router_replay!r} must be one of {ROUTER_REPLAY}")
         if self.save and self.replay:
             raise ValueError(
                 "save: these rollouts are saved already, in the run that replay names; leave one of them out"
@@ -147,6 +157,7 @@ class RLConfig:
         tasks: comma-separated task specs (`m1jax.data.problems.parse_tasks`).
         init_from: run folder or checkpoint folder whose parameters the run starts from; "" starts from random ones.
         kernels: who computes attention and the experts, in the update and in the local engine alike.
+        router: what the experts' routers are trained on beside the objective; nothing by default.
     """
 
     seed: int
@@ -165,6 +176,7 @@ class RLConfig:
     checkpoint: CheckpointConfig
     init_from: str = ""
     kernels: KernelConfig = KernelConfig()
+    router: RouterConfig = NO_AUXILIARY_LOSS
 
     def __post_init__(self):
         object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels))
@@ -187,6 +199,11 @@ class RLConfig:
             raise ValueError(
                 f"reward.on_repetition: {self.reward.on_repetition!r}, and no response is ever cut for repeating "
                 f"itself; set sampling.repetition_run"
+            )
+        check_router(self.router, self.model)
+        if self.rollout.router_replay != "off" and not self.model.num_experts:
+            raise ValueError(
+                f"rollout.router_replay: {self.rollout.router_replay!r}, but a dense model has no router; choose 'off'"
             )
         _ = self.batch_shape
         for name, sampling in (("sampling", self.sampling), ("evaluation.sampling", self.evaluation.sampling)):

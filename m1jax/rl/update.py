@@ -21,10 +21,18 @@ from jax.sharding import Mesh, PartitionSpec
 
 from m1jax.model.config import ModelConfig
 from m1jax.model.logprobs import token_logprobs
-from m1jax.rl.diagnostics import cosine, eps_dominated_share, gradient_magnitudes, sample_entries, token_metrics
+from m1jax.rl.diagnostics import (
+    cosine,
+    eps_dominated_share,
+    gradient_magnitudes,
+    replay_differences,
+    sample_entries,
+    token_metrics,
+)
 from m1jax.rl.loss import LossConfig, LossInput, mismatch_weight, policy_loss
 from m1jax.sharding import DATA
 from m1jax.train.optimizer import OptimizerConfig
+from m1jax.train.router import NO_AUXILIARY_LOSS, RouterConfig, auxiliary_loss
 from m1jax.train.state import TrainState, apply_gradients
 from m1jax.types import Batch, Params
 
@@ -41,38 +49,47 @@ def make_update(
     temperature: float,
     passes: int,
     adam: OptimizerConfig | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    router: RouterConfig = NO_AUXILIARY_LOSS,
+    replay: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any]]]:
     """The update function of a run, jitted, with the state donated.
 
     Metrics come back as arrays over the updates [passes * U] (see `m1jax.rl.diagnostics`), histograms with one more
-    axis. `adam` says what `optimizer` is, for the share of its denominators under eps.
+    axis, and as "router" the sums that `m1jax.train.router` reads. `adam` says what `optimizer` is, for the share of
+    its denominators under eps. Where the batch holds the engine's experts they are compared with the trainer's own
+    choice; with `replay` they also serve.
     """
-    logprobs = partial(_batch_logprobs, model=model, temperature=temperature)
-    frozen_logprobs = make_frozen_logprobs(model, mesh, temperature=temperature)
+    forward = partial(_forward, model=model, temperature=temperature, replay=replay)
+    frozen_logprobs = make_frozen_logprobs(model, mesh, temperature=temperature, replay=replay)
 
     @partial(
         jax.shard_map, mesh=mesh, check_vma=False,
-        in_specs=(REPLICATED, ROWS, ROWS), out_specs=(REPLICATED, REPLICATED, ROWS, ROWS),
+        in_specs=(REPLICATED, ROWS, ROWS), out_specs=(REPLICATED, REPLICATED, REPLICATED, ROWS, ROWS),
     )  # fmt: skip
     def summed_gradients(params: Params, micro_batches: Batch, anchors: jax.Array):
-        """Over all micro-batches and devices: gradients, loss; and per token policy log-probs and entropies."""
+        """Over all micro-batches and devices: gradients, loss, routers; per token policy log-probs and entropies."""
+        tokens = jax.lax.psum((micro_batches.segment_ids > 0).sum(), DATA)
 
         def add_micro_batch(grads, micro):
             batch, anchor_BT = micro
-            return skip_if_empty(batch, partial(accumulate, params, grads, anchor_BT), grads)
+            return skip_if_empty(batch, partial(accumulate, params, grads, anchor_BT, tokens), grads)
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, (values_M, policy_MBT, entropy_MBT) = jax.lax.scan(add_micro_batch, zeros, (micro_batches, anchors))
-        grads, value = jax.lax.psum((grads, values_M.sum()), DATA)
-        return grads, value, policy_MBT, entropy_MBT
+        grads, (sums_M, policy_MBT, entropy_MBT) = jax.lax.scan(add_micro_batch, zeros, (micro_batches, anchors))
+        grads, (value, routed) = jax.lax.psum((grads, jax.tree.map(lambda x: x.sum(axis=0), sums_M)), DATA)
+        return grads, value, routed, policy_MBT, entropy_MBT
 
-    def accumulate(params, grads, anchor_BT, batch):
-        (value, (policy_BT, entropy_BT)), new = jax.value_and_grad(objective, has_aux=True)(params, batch, anchor_BT)
-        return jax.tree.map(jnp.add, grads, new), (value, policy_BT, entropy_BT)
+    def accumulate(params, grads, anchor_BT, tokens, batch):
+        new, outputs = jax.grad(objective, has_aux=True)(params, batch, anchor_BT, tokens)
+        return jax.tree.map(jnp.add, grads, new), outputs
 
-    def objective(params, batch, anchor_BT):
-        policy_BT, entropy_BT = logprobs(params, batch)
-        return policy_loss(loss_input(batch, anchor_BT, policy_BT), loss), (policy_BT, entropy_BT)
+    def objective(params, batch, anchor_BT, tokens):
+        policy_BT, entropy_BT, routed = forward(params, batch)
+        value = policy_loss(loss_input(batch, anchor_BT, policy_BT), loss)
+        own_ids = routed.pop("expert_ids", None)  # a dense model has none
+        if own_ids is not None and batch.expert_ids is not None:
+            routed |= replay_differences(own_ids, batch.expert_ids, batch.segment_ids)
+        return value + auxiliary_loss(routed, router, tokens), ((value, routed), policy_BT, entropy_BT)
 
     def loss_input(batch, anchor_BT, policy_BT):
         weights_BT = batch.weights
@@ -83,7 +100,7 @@ def make_update(
 
     def one_update(carry, mini: tuple[Batch, jax.Array]):
         (state, previous), (micro_batches, anchors) = carry, mini
-        grads, value, policy_MBT, entropy_MBT = summed_gradients(state.params, micro_batches, anchors)
+        grads, value, routed, policy_MBT, entropy_MBT = summed_gradients(state.params, micro_batches, anchors)
         live = (micro_batches.weights > 0).any()
         state, norms = apply_gradients(state, grads, optimizer, live)
         sample = sample_entries(grads)
@@ -91,10 +108,11 @@ def make_update(
         metrics |= gradient_magnitudes(sample) | {"gradient_cosine": cosine(sample, previous)} | norms
         if adam is not None:
             metrics["eps_dominated_share"] = eps_dominated_share(state, adam)
-        return (state, jax.tree.map(partial(jnp.where, live), sample, previous)), metrics | {"loss": value}
+        metrics |= {"loss": value, "router": routed}
+        return (state, jax.tree.map(partial(jnp.where, live), sample, previous)), metrics
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         anchors = batch.rollout_logprobs
         if loss.ratio_anchor == "trainer":
             anchors = frozen_logprobs(state.params, batch)
@@ -106,12 +124,18 @@ def make_update(
     return update
 
 
-def make_frozen_logprobs(model: ModelConfig, mesh: Mesh, *, temperature: float) -> Callable[[Params, Batch], jax.Array]:
-    """`params, batch -> log-probabilities [U, M, B, T]` of its tokens without a gradient: trainer anchor, reference."""
+def make_frozen_logprobs(
+    model: ModelConfig, mesh: Mesh, *, temperature: float, replay: bool = False
+) -> Callable[[Params, Batch], jax.Array]:
+    """`params, batch -> log-probabilities [U, M, B, T]` of its tokens without a gradient: trainer anchor, reference.
+
+    With `replay` the experts that served in the engine serve here; the reference chooses its own.
+    """
+    forward = partial(_forward, model=model, temperature=temperature, replay=replay)
 
     @partial(jax.shard_map, mesh=mesh, check_vma=False, in_specs=(REPLICATED, ROWS), out_specs=ROWS)
     def of_update(params: Params, micro_batches: Batch) -> jax.Array:
-        compute = lambda batch: (None, _batch_logprobs(params, batch, model=model, temperature=temperature)[0])  # noqa: E731
+        compute = lambda batch: (None, forward(params, batch)[0])  # noqa: E731
         return jax.lax.map(lambda batch: skip_if_empty(batch, compute, None)[1], micro_batches)
 
     return jax.jit(lambda params, batch: jax.lax.map(partial(of_update, params), batch))
@@ -124,6 +148,6 @@ def skip_if_empty(batch: Batch, compute: Callable[[Batch], Any], otherwise: Any)
     return jax.lax.cond((batch.weights > 0).any(), compute, lambda _: (otherwise, zeros), batch)
 
 
-def _batch_logprobs(params: Params, batch: Batch, *, model: ModelConfig, temperature: float):
-    policy_BT, entropy_BT, _ = token_logprobs(params, model, batch.tokens, batch.segment_ids, temperature)
-    return policy_BT, entropy_BT
+def _forward(params: Params, batch: Batch, *, model: ModelConfig, temperature: float, replay: bool):
+    expert_ids = batch.expert_ids if replay else None
+    return token_logprobs(params, model, batch.tokens, batch.segment_ids, temperature, expert_ids)

@@ -50,6 +50,14 @@ PANELS = (
     Panel("Dropped tokens by advantage sign (share)", ("ratio/dropped_share_positive", "ratio/dropped_share_negative")),
     Panel("Capped tokens by their probability (share)", ("ratio/capped_share_p_*",)),
     Panel("Dropped tokens by their probability (share)", ("ratio/dropped_share_p_*",)),
+    Panel(
+        "Busiest expert over the mean, and in its worst layer",
+        ("router/load_largest_over_mean", "router/load_largest_over_mean_worst_layer"),
+    ),
+    Panel(
+        "Experts of the engine that the trainer would not choose (share)",
+        ("router/replay_differs", "router/replay_differs_later_updates"),
+    ),
     Panel("Loss", ("train/loss",)),
     Panel("Gradient norm", ("train/grad_norm",), log=True),
     Panel("Tokens per second", ("time/tokens_per_second",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from m1jax.model.config import ModelConfig
 from m1jax.model.logprobs import token_logprobs
 from m1jax.sharding import DATA
+from m1jax.train.router import RouterConfig, auxiliary_loss
 from m1jax.train.state import TrainState, apply_gradients
 from m1jax.types import Array, Params
 
@@ -36,38 +38,36 @@ class TokenBatch:
 
 
 def make_supervised_update(
-    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, balance_coefficient: float
-) -> Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, jax.Array]]]:
+    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, router: RouterConfig
+) -> Callable[[TrainState, TokenBatch], tuple[TrainState, dict[str, Any]]]:
     """The update of a run, jitted, with the state donated.
 
-    Loss = -sum(weights * logprobs) + balance_coefficient * load-balancing loss, which is averaged over micro-batches
-    (it is not linear in the batch, so unlike the first term it depends a little on how the batch is cut).
+    Loss = -sum(weights * logprobs) + the auxiliary losses of the routers. The metrics are scalars, and as "router" the
+    sums that `m1jax.train.router` reads.
     """
 
-    def objective(params: Params, micro: TokenBatch, parts: int):
-        logprobs_BT, entropy_BT, router = token_logprobs(params, model, micro.tokens, micro.segment_ids)
+    def objective(params: Params, micro: TokenBatch, tokens: jax.Array):
+        logprobs_BT, entropy_BT, routed = token_logprobs(params, model, micro.tokens, micro.segment_ids)
+        routed.pop("expert_ids", None)
         live_BT = micro.weights > 0
         cross_entropy = -jnp.sum(jnp.where(live_BT, micro.weights * logprobs_BT, 0.0))
-        objective = cross_entropy + balance_coefficient * router["balance_loss"] / parts
+        objective = cross_entropy + auxiliary_loss(routed, router, tokens)
         entropy = jnp.sum(jnp.where(live_BT, micro.weights * entropy_BT, 0.0))
-        return objective, {
-            "loss": cross_entropy,
-            "entropy": entropy,
-            "balance_loss": router["balance_loss"] / parts,
-            "largest_expert_load": router["expert_load"].max() / parts,
-        }
+        return objective, {"loss": cross_entropy, "entropy": entropy, "router": routed}
 
     @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(None, DATA)), out_specs=P(), check_vma=False)
     def summed_gradients(params: Params, batch: TokenBatch):
+        tokens = jax.lax.psum((batch.segment_ids > 0).sum(), DATA)
+
         def add_micro_batch(grads, micro):
-            new, metrics = jax.grad(objective, has_aux=True)(params, micro, batch.tokens.shape[0] * mesh.size)
+            new, metrics = jax.grad(objective, has_aux=True)(params, micro, tokens)
             return jax.tree.map(jnp.add, grads, new), metrics
 
         grads, metrics_M = jax.lax.scan(add_micro_batch, jax.tree.map(jnp.zeros_like, params), batch)
         return jax.lax.psum((grads, jax.tree.map(lambda x: x.sum(axis=0), metrics_M)), DATA)
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(state: TrainState, batch: TokenBatch) -> tuple[TrainState, dict[str, Any]]:
         grads, metrics = summed_gradients(state.params, batch)
         state, norms = apply_gradients(state, grads, optimizer, live=(batch.weights > 0).any())
         return state, {**metrics, **norms}

@@ -38,6 +38,7 @@ from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
 from m1jax.train.next_token import TokenBatch, make_supervised_update
 from m1jax.train.optimizer import OptimizerConfig, make_optimizer
 from m1jax.train.pretrained import HUGGINGFACE, init_params
+from m1jax.train.router import RouterConfig, check_router, router_metrics
 from m1jax.train.settings import CheckpointConfig
 from m1jax.train.state import init_state
 
@@ -78,9 +79,9 @@ class SFTConfig:
             writes worked solutions and refuses a task that has none.
         loss_on: "answers", or "all" for the questions too.
         reflection: probability, for every step of a solution, of a slip that the solution then corrects.
-        balance_coefficient: weight of the experts' load-balancing loss.
         init_from: run or checkpoint folder to start from; "" starts from random parameters.
         kernels: who computes attention and the experts.
+        router: what the experts' routers are trained on beside the text; a dense model has to set both weights to 0.
     """
 
     seed: int
@@ -95,9 +96,9 @@ class SFTConfig:
     text: str = "m1jax.data.worked_solutions:worked_solution"
     loss_on: str = "answers"
     reflection: float = 0.1
-    balance_coefficient: float = 1e-3
     init_from: str = ""
     kernels: KernelConfig = KernelConfig()
+    router: RouterConfig = RouterConfig(balance_coefficient=1e-3)
 
     def __post_init__(self):
         object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels))
@@ -108,6 +109,7 @@ class SFTConfig:
         named_function(self.text, "text")
         if not 0 <= self.reflection < 1:
             raise ValueError(f"reflection: {self.reflection} must be at least 0 and below 1")
+        check_router(self.router, self.model)
         if self.rows.tokens > self.model.max_positions > 0:
             raise ValueError(
                 f"rows.tokens: {self.rows.tokens}, and the model was made for {self.model.max_positions} positions "
@@ -191,7 +193,7 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     if config.init_from and fresh:
         params, _ = init_params(config.init_from, config.model, replicated(mesh), log)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
-    update = make_supervised_update(config.model, optimizer, mesh, balance_coefficient=config.balance_coefficient)
+    update = make_supervised_update(config.model, optimizer, mesh, router=config.router)
     report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
     save_tokenizer(config.tokenizer, folder / HUGGINGFACE)
     step, cursor, seconds = 0, 0, {}
@@ -224,7 +226,9 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
                 batch, cursor = pack_rows(sequences, cursor, config.rows, config.loss_on)
             with clock.stage("update"):
                 state, metrics = update(state, batch)
-                metrics = {f"train/{name}": float(value) for name, value in jax.device_get(metrics).items()}
+                metrics = jax.device_get(metrics)
+                routed = router_metrics(metrics.pop("router"))
+                metrics = {f"train/{name}": float(value) for name, value in metrics.items()} | routed
             step += 1
             require_finite(step, "update", metrics)
             lap = clock.lap()

@@ -23,6 +23,7 @@ from m1jax.rl.loss import LossConfig
 from m1jax.rl.update import make_update
 from m1jax.sharding import data_mesh
 from m1jax.train.next_token import TokenBatch, make_supervised_update
+from m1jax.train.router import RouterConfig
 from m1jax.train.state import TrainState, init_state
 from tests.rl import small
 
@@ -218,7 +219,7 @@ def objectives(config, shape):
     loss = LossConfig(weight_cap=5.0, ratio_anchor="trainer")
     return {
         "rl": (make_update(config, loss, SGD, MESH, temperature=0.6, passes=1), rl),
-        "sft": (make_supervised_update(config, SGD, MESH, balance_coefficient=0.01), sft),
+        "sft": (make_supervised_update(config, SGD, MESH, router=RouterConfig(0.01, 0.01)), sft),
     }
 
 

@@ -1,5 +1,7 @@
 """A decoder of two layers and a generation batch, small enough for exact tests."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -49,10 +51,29 @@ def rollouts(prompts_: list[Prompt], responses: int = 4, seed: int = 1) -> list[
     ]  # fmt: skip
 
 
+def routed(prompts_: list[Prompt], rollouts_: list[list[Rollout]], model: ModelConfig) -> list[list[Rollout]]:
+    """The same with made-up experts of every token but the last."""
+    rng = np.random.default_rng(2)
+
+    def experts(tokens: int) -> np.ndarray:
+        order = rng.permuted(
+            np.tile(np.arange(model.num_experts, dtype=np.int8), (tokens, model.num_layers, 1)), axis=2
+        )
+        order[-1] = -1
+        return order[:, :, : model.experts_per_token]
+
+    return [
+        [dataclasses.replace(r, expert_ids=experts(len(p.token_ids) + len(r.token_ids))) for r in group]
+        for p, group in zip(prompts_, rollouts_, strict=True)
+    ]
+
+
 CISPO = LossConfig(weight_cap=5.0)
 
 
-def batch(prompts_, rollouts_, *, updates=1, micro_rows=16, row_tokens=0, loss=CISPO, rewards=None) -> Batch:
+def batch(
+    prompts_, rollouts_, *, updates=1, micro_rows=16, row_tokens=0, loss=CISPO, rewards=None, router_replay=False
+) -> Batch:
     responses = len(rollouts_[0])
     if rewards is None:
         rewards = np.random.default_rng(7).integers(0, 2, (len(prompts_), responses)) + 0.1 * np.arange(responses)
@@ -63,4 +84,6 @@ def batch(prompts_, rollouts_, *, updates=1, micro_rows=16, row_tokens=0, loss=C
     if loss.kl_coefficient:
         rng = np.random.default_rng(3)
         reference = [[-rng.exponential(2, len(r.token_ids)) for r in group] for group in rollouts_]
-    return make_batch(prompts_, rollouts_, advantages, live, shape, loss.aggregation, 8, reference)
+    return make_batch(
+        prompts_, rollouts_, advantages, live, shape, loss.aggregation, 8, reference, router_replay=router_replay
+    )

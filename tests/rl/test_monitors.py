@@ -41,7 +41,7 @@ def test_kl_is_taken_from_the_reward_and_leaves_what_was_verified():
     verified = np.array([[1.0, 0.0], [1.0, 1.0]])
     run = SimpleNamespace(
         config=SimpleNamespace(
-            rollout=SimpleNamespace(responses=2), sampling=None,
+            rollout=SimpleNamespace(responses=2, router_replay="off"), sampling=None,
             loss=LossConfig(weight_cap=5.0, kl_coefficient=2.0, kl_in="reward", kl_estimator="k1"),
         ),
         clock=SimpleNamespace(stage=lambda _: nullcontext()), noise_seed=0, step=0,

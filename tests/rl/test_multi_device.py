@@ -34,6 +34,7 @@ def compute(losses: Sequence[str] = ("cispo",)) -> dict[str, np.ndarray]:
     from m1jax.sharding import data_mesh, replicated
     from m1jax.train.next_token import TokenBatch, make_supervised_update
     from m1jax.train.pretrained import init_params
+    from m1jax.train.router import RouterConfig
     from m1jax.train.state import init_state
     from m1jax.types import Sampling
 
@@ -43,9 +44,13 @@ def compute(losses: Sequence[str] = ("cispo",)) -> dict[str, np.ndarray]:
 
     for name in losses:
         loss = LOSSES[name]
-        batch = small.batch(prompts, small.rollouts(prompts), updates=2, micro_rows=4, loss=loss)
-        update = make_update(model, loss, sgd, mesh, temperature=1.0, passes=1)
+        rollouts, router = small.rollouts(prompts), RouterConfig(0.0)
+        if name == "cispo":  # and all of the routers but the balance loss, which depends on how the rows are cut
+            rollouts, router = small.routed(prompts, rollouts, model), RouterConfig(0.0, 0.1)
+        batch = small.batch(prompts, rollouts, updates=2, micro_rows=4, loss=loss, router_replay=name == "cispo")
+        update = make_update(model, loss, sgd, mesh, temperature=1.0, passes=1, router=router, replay=name == "cispo")
         state, metrics = update(init_state(0, model, sgd, mesh, params), batch)
+        metrics["router"].pop("balance_loss")
         found |= _named(f"update/{name}/", state.params) | _named(f"metrics/{name}/", metrics)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -60,16 +65,17 @@ def compute(losses: Sequence[str] = ("cispo",)) -> dict[str, np.ndarray]:
     batch = small.batch(prompts, small.rollouts(prompts), updates=2, micro_rows=4)
     # Without the balancing loss, which depends on how the rows are cut.
     rows = TokenBatch(batch.tokens[0], batch.segment_ids[0], batch.weights[0])
-    supervised = make_supervised_update(model, sgd, mesh, balance_coefficient=0.0)
+    supervised = make_supervised_update(model, sgd, mesh, router=RouterConfig(balance_coefficient=0.0))
     state, metrics = supervised(init_state(0, model, sgd, mesh, params), rows)
     found |= _named("supervised", state.params) | {"supervised_loss": metrics["loss"]}
 
-    engine = LocalEngine(model, prompt_tokens=4, rows=16, stop_ids=(1,), mesh=mesh)
+    engine = LocalEngine(model, prompt_tokens=4, rows=16, stop_ids=(1,), mesh=mesh, record_experts=True)
     engine.set_weights(params, 0)
     groups = engine.generate(prompts, 4, Sampling(max_tokens=8), seed=3)
     for p, group in enumerate(groups):
         for r, rollout in enumerate(group):
             found |= {f"ids/{p}/{r}": rollout.token_ids, f"logprobs/{p}/{r}": rollout.rollout_logprobs}
+            found |= {f"ids/{p}/{r}/experts": rollout.expert_ids}
     return {name: np.asarray(value) for name, value in found.items()}
 
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from m1jax.errors import UserError
-from m1jax.rl.prompts import HELDOUT_INDEX
 from m1jax.rl.recorded import RecordingEngine, ReplayEngine, file_name, load_rollouts, save_rollouts
-from m1jax.types import Sampling
+from m1jax.types import HELDOUT_INDEX, Sampling
 from tests.rl import small
 
 SAMPLING = Sampling(max_tokens=8)
@@ -53,6 +52,21 @@ def test_what_an_engine_sampled_comes_back(recorded):
     replay.set_weights(None, 7)
     same(replay.generate(prompts, 4, SAMPLING, 0), rollouts)
     assert [p.name for p in (run / "rollouts").iterdir()] == ["00000007-0000000000.npz"]
+
+
+def test_experts_come_back(recorded):
+    """Of every rollout or of none: -1 too, in their own dtype."""
+    run, prompts, rollouts = recorded
+    rng, path = np.random.default_rng(0), file_name(run / "rollouts", 8, 0)
+    experts = lambda p, r: rng.integers(-1, 3, (len(p.token_ids) + len(r.token_ids), 2, 2)).astype(np.int8)  # noqa: E731
+    routed = [
+        [dataclasses.replace(r, expert_ids=experts(p, r)) for r in group]
+        for p, group in zip(prompts, rollouts, strict=True)
+    ]
+    save_rollouts(path, prompts, routed, 1.0)
+    found = load_rollouts(path)[1]
+    same(found, routed)
+    assert found[0][0].expert_ids is not None and found[0][0].expert_ids.dtype == np.int8
 
 
 def test_heldout_rollouts_are_not_kept(tmp_path):
