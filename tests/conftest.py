@@ -25,6 +25,7 @@ def _compile_interpreted_threads_once():
     import threading
 
     import jax
+    import jax.core
     from jax._src.pallas.mosaic.interpret import thread_map
 
     compiled, lock = {}, threading.Lock()

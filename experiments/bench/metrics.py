@@ -72,7 +72,8 @@ def program(
     def run() -> None:
         with ExitStack() as stack:  # acts when the first call traces the update
             for where, names in (replaced or {}).items():
-                stack.enter_context(mock.patch.multiple(where, **names))
+                for name, stand_in in names.items():
+                    stack.enter_context(mock.patch.object(where, name, stand_in))
             state[0], told = update(state[0], batch)
         jax.block_until_ready((state[0], told))
 

@@ -44,7 +44,7 @@ def _no_softmax(q, k, v, **_):
 def _no_optimizer(state: TrainState, grads: Any, *_: Any) -> tuple[TrainState, dict[str, jax.Array]]:
     # Parameters that depend on the gradient, so that it is computed.
     params = jax.tree.map(lambda p, g: p - 1e-9 * g.astype(p.dtype), state.params, grads)
-    norms = dict.fromkeys(("grad_norm", "update_norm", "param_norm"), jnp.zeros(()))
+    norms: dict[str, jax.Array] = {name: jnp.zeros(()) for name in ("grad_norm", "update_norm", "param_norm")}
     return TrainState(params, state.opt_state, state.updates + 1, state.key), norms
 
 
