@@ -22,7 +22,7 @@ def routing(name):
         return np.full((T, A), 3)
     if name == "empty experts":
         return np.stack([rng.choice([1, 4], A, replace=False) for _ in range(T)])
-    if name == "whole blocks":  # of 16, the size that `xla` takes here: no empty slot between two experts
+    if name == "whole blocks":  # of 8, as `xla` takes here, and of 32 together: no empty slot between two experts
         return np.repeat(np.arange(E), [64, 64, 32, 16, 4]).reshape(T, A)
     raise ValueError(name)
 

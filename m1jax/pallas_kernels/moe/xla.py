@@ -16,6 +16,9 @@ from m1jax.pallas_kernels.moe.layout import layout_of, sum_of_rows, tokens_of
 FEW_TOKENS = 16
 """Up to this many tokens go through every expert, where there are no more than two experts to a row."""
 
+TOGETHER = 4
+"""Blocks of an expert that are computed at once; what is left of them, one by one."""
+
 
 def expert_mlp(x_TD, expert_ids_TA, combine_weights_TA, *weights):
     """Return y_TD; `api.expert_mlp` says what the arguments mean."""
@@ -50,13 +53,13 @@ def _forward(x_TD, expert_ids_TA, combine_weights_TA, *weights, keep):
     def one_expert(slots, expert):
         begin, end, w_gate_DF, w_up_DF, w_down_FD = expert
 
-        def block(g, slots):
-            x_CD = tokens_of(x_TD, layout.rows_GC[g], layout)
+        def block(rows_C, start, slots):
+            x_CD = tokens_of(x_TD, rows_C, layout)
             gate_CF, up_CF = product("cd,df->cf", x_CD, w_gate_DF), product("cd,df->cf", x_CD, w_up_DF)
             out_CD = product("cf,fd->cd", (jax.nn.silu(gate_CF) * up_CF).astype(x_TD.dtype), w_down_FD)
-            return [_put(all_SX, g, new_CX) for all_SX, new_CX in zip(slots, (out_CD, gate_CF, up_CF), strict=keep)]
+            return [_put(x_SX, start, x_CX) for x_SX, x_CX in zip(slots, (out_CD, gate_CF, up_CF), strict=keep)]
 
-        return jax.lax.fori_loop(begin, end, block, slots), None
+        return _over_blocks(layout, begin, end, block, slots), None
 
     (D, F), S = weights[0].shape[1:], layout.rows_GC.size
     slots = [jnp.zeros((S, width), _wide(x_TD)) for width in ((D, F, F) if keep else (D,))]
@@ -71,19 +74,17 @@ def _fwd(*inputs):
 
 def _bwd(saved, dy_TD):
     (x_TD, _, combine_weights_TA, *weights), layout, (gate_SF, up_SF) = saved
-    product, C = _product(x_TD), layout.rows_GC.shape[1]
-    combine_R = combine_weights_TA.reshape(-1)
+    product, combine_R = _product(x_TD), combine_weights_TA.reshape(-1)
 
     def one_expert(slots, expert):
         begin, end, *own = expert
         w_gate_DF, w_up_DF, w_down_FD = own
 
-        def block(g, sums):
+        def block(rows_C, start, sums):
             dweights, (dx_SD, dcombine_S) = sums
-            rows_C = layout.rows_GC[g]
             x_CD, dy_CD = tokens_of(x_TD, rows_C, layout), tokens_of(dy_TD, rows_C, layout)
             combine_C1 = combine_R.at[rows_C, None].get(mode="fill", fill_value=0)
-            gate_CF, up_CF = (jax.lax.dynamic_slice_in_dim(x_SF, g * C, C) for x_SF in (gate_SF, up_SF))
+            gate_CF, up_CF = (jax.lax.dynamic_slice_in_dim(x_SF, start, rows_C.size) for x_SF in (gate_SF, up_SF))
             sigmoid_CF = jax.nn.sigmoid(gate_CF)
             silu_CF = gate_CF * sigmoid_CF
             hidden_CF = silu_CF * up_CF
@@ -100,10 +101,11 @@ def _bwd(saved, dy_TD):
                 product("cd,cf->df", x_CD, dup_CF),
                 product("cf,cd->fd", (combine_C1 * hidden_CF).astype(x_TD.dtype), dy_CD),
             )
-            return jax.tree.map(jnp.add, dweights, added), (_put(dx_SD, g, dx_CD), _put(dcombine_S, g, dcombine_C))
+            slots = _put(dx_SD, start, dx_CD), _put(dcombine_S, start, dcombine_C)
+            return jax.tree.map(jnp.add, dweights, added), slots
 
         zeros = tuple(jnp.zeros(w.shape, _wide(x_TD)) for w in own)
-        dweights, slots = jax.lax.fori_loop(begin, end, block, (zeros, slots))
+        dweights, slots = _over_blocks(layout, begin, end, block, (zeros, slots))
         return slots, tuple(dw.astype(w.dtype) for dw, w in zip(dweights, own, strict=True))
 
     slots = jnp.zeros((layout.rows_GC.size, x_TD.shape[1]), _wide(x_TD)), jnp.zeros(layout.rows_GC.size, _wide(x_TD))
@@ -115,19 +117,31 @@ def _bwd(saved, dy_TD):
 _in_blocks.defvjp(_fwd, _bwd)
 
 
-def _put(all_SX, g, new_CX):
-    """Return all_SX with block g replaced."""
-    return jax.lax.dynamic_update_slice_in_dim(all_SX, new_CX.astype(all_SX.dtype), g * new_CX.shape[0], axis=0)
+def _over_blocks(layout, begin, end, block, carry):
+    """Run `block(rows, first slot, carry)` over the blocks begin..end, `TOGETHER` at once while there are as many."""
+    rows_S, C = layout.rows_GC.reshape(-1), layout.rows_GC.shape[1]
+
+    def at(count, g, carry):
+        return block(jax.lax.dynamic_slice_in_dim(rows_S, g * C, count * C), g * C, carry)
+
+    whole = (end - begin) // TOGETHER
+    carry = jax.lax.fori_loop(0, whole, lambda i, carry: at(TOGETHER, begin + i * TOGETHER, carry), carry)
+    return jax.lax.fori_loop(begin + whole * TOGETHER, end, partial(at, 1), carry)
+
+
+def _put(slots_SX, start, x_CX):
+    """Return slots_SX with those from `start` on replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(slots_SX, x_CX.astype(slots_SX.dtype), start, axis=0)
 
 
 def _block_size(num_rows, num_experts):
-    """Return C: about half of an expert's mean share, so that a quarter of the slots at most are empty when balanced.
+    """Return C: about an eighth of an expert's mean share, so that a sixteenth of the slots are empty.
 
-    A power of two in 16..256: smaller blocks spend their time fetching weights and adding up their gradients, larger
-    ones leave the cache.
+    A power of two in 8..64; `TOGETHER` of them are what products want: smaller ones spend their time fetching weights
+    and adding up their gradients, larger ones leave the cache.
     """
-    half = max(num_rows // (2 * num_experts), 1)
-    return min(max(1 << (half.bit_length() - 1), 16), 256)
+    eighth = max(num_rows // (8 * num_experts), 1)
+    return min(max(1 << (eighth.bit_length() - 1), 8), 64)
 
 
 def _wide(x):
