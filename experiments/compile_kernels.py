@@ -100,10 +100,11 @@ def programs(target: str) -> dict[str, Program]:
     norm = partial(gated_norm, eps=1e-6, implementation=implementation)
     experts = partial(expert_mlp, implementation=implementation)
     qkv, rows = ("q_BTNH", "k_BTNH", "v_BTNH", "initial_state_BNHH"), ("o_MX", "gate_MX", "scale_X")
+    dtypes = {"": jnp.bfloat16} | ({", float32": jnp.float32} if implementation == "mosaic_tpu" else {})
     found = {}
     for shape in TARGET_SHAPES["lightning"]:
-        for dtype in (jnp.bfloat16, jnp.float32) if implementation == "mosaic_tpu" else (jnp.bfloat16,):
-            arguments, name = shape.arrays(dtype), f"{shape}{', float32' if dtype == jnp.float32 else ''}"
+        for suffix, dtype in dtypes.items():
+            arguments, name = shape.arrays(dtype), f"{shape}{suffix}"
             found[f"lightning, {name}"] = (partial(forward, attend), (arguments,))
             found[f"lightning and gradients, {name}"] = (partial(both_ways, attend, qkv), (arguments,))
     for shape in TARGET_SHAPES["decode"]:
@@ -116,9 +117,10 @@ def programs(target: str) -> dict[str, Program]:
         found[f"gated norm and gradients, {shape}"] = (partial(both_ways, norm, rows), (arguments,))
     trained = ("x_TD", "combine_weights_TA", "w_gate_EDF", "w_up_EDF", "w_down_EFD")
     for shape in TARGET_SHAPES["experts"]:
-        arguments = shape.arrays(jnp.bfloat16)
-        found[f"experts, {shape}"] = (partial(forward, experts), (arguments,))
-        found[f"experts and gradients, {shape}"] = (partial(both_ways, experts, trained), (arguments,))
+        for suffix, dtype in dtypes.items():
+            arguments, name = shape.arrays(dtype), f"{shape}{suffix}"
+            found[f"experts, {name}"] = (partial(forward, experts), (arguments,))
+            found[f"experts and gradients, {name}"] = (partial(both_ways, experts, trained), (arguments,))
     return found
 
 

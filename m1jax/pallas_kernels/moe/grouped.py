@@ -18,7 +18,7 @@ the weights to the dtype of the weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -36,9 +36,8 @@ class Product:
         name: of the kernel.
         sums: for each float32 sum that the epilogue gets, which rows go with which weights.
         transposed: weights [E, N, K] multiply as their transpose; else they are [E, K, N].
-        epilogue: takes the sums [C, N], tiles of other rows [C, N] and, with `weighed`, c [C, 1], float32; returns
-            the tiles that are written.
-        outputs: how many those are.
+        epilogue: takes the sums [C, N], tiles of other rows [C, N] and, with `weighed`, c [C, 1], float32.
+        outputs: how many of the tiles that it returns are written.
         weighed: the epilogue takes the combine weights.
         row_sums: of one tile more, the last, only the sum of each row is written, float32.
     """
@@ -53,7 +52,7 @@ class Product:
 
 
 def _swiglu(gate, up):
-    return gate, up, gate * _sigmoid(gate) * up
+    return gate * _sigmoid(gate) * up, gate, up
 
 
 def _weigh(out, c):
@@ -72,6 +71,7 @@ def _sigmoid(x):
 
 
 GATE_UP = Product("moe_gate_up", (((0, 0),), ((0, 1),)), False, _swiglu, outputs=3)
+GATE_UP_ALONE = replace(GATE_UP, outputs=1)  # h only: no backward pass follows
 DOWN = Product("moe_down", (((0, 0),),), False, _weigh, outputs=1, weighed=True)
 DOWN_BACK = Product("moe_down_back", (((0, 0),),), True, _swiglu_back, outputs=3, weighed=True, row_sums=True)
 GATE_UP_BACK = Product("moe_gate_up_back", (((0, 0), (1, 1)),), True, lambda dx: (dx,), outputs=1)
@@ -105,18 +105,18 @@ def by(device: Device) -> Callable:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _experts(device, *inputs):
-    return _forward(device, *inputs)[0]
+    return _forward(device, *inputs, gate_up=GATE_UP_ALONE)[0]
 
 
-def _forward(device, x_TD, expert_ids_TA, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD):
+def _forward(device, x_TD, expert_ids_TA, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD, gate_up=GATE_UP):
     E = w_gate_EDF.shape[0]
     layout = layout_of(expert_ids_TA, E, device.block(expert_ids_TA.size, E, x_TD.dtype), visit_all=True)
     x_SD = tokens_of(x_TD, layout.rows_GC.reshape(-1), layout)
-    gate_SF, up_SF, h_SF = device.multiply(GATE_UP, layout, (x_SD,), (w_gate_EDF, w_up_EDF))
+    h_SF, *kept = device.multiply(gate_up, layout, (x_SD,), (w_gate_EDF, w_up_EDF))
     combine_S = _by_slot(combine_weights_TA, layout)
     (out_SD,) = device.multiply(DOWN, layout, (h_SF,), (w_down_EFD,), combine_S=combine_S)
     y_TD = sum_of_rows(out_SD.astype(jnp.float32), layout).astype(x_TD.dtype)
-    return y_TD, (x_TD, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD, layout, gate_SF, up_SF)
+    return y_TD, (x_TD, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD, layout, *kept)
 
 
 def _backward(device, kept, dy_TD):

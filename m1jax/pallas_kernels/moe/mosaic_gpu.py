@@ -14,6 +14,7 @@ then the columns of a group. Blocks without rows end at once.
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import jax
@@ -36,6 +37,9 @@ CHUNK = 64
 
 STAGES = 4
 """Tiles on their way: 4 of 48 KiB, and 32 KiB for what leaves, are the shared memory of a processor."""
+
+LEAVING = 2
+"""Chunks of a warpgroup that may be on their way out."""
 
 GROUP = 16
 """Columns of programs that run side by side at most."""
@@ -114,7 +118,7 @@ def _product(expert, live, *refs, product, rows, weights, K, width):
         for i in range(terms):
             pl.when((c >= i * depth) & (c < (i + 1) * depth))(partial(fetch_term, i, c, *tiles))
 
-    def finish(half, sums, staging):
+    def finish(half, sums, leave):
         slots = pl.ds(g * BLOCK + half * 64, 64)
         c = []
         if product.weighed:
@@ -129,7 +133,7 @@ def _product(expert, live, *refs, product, rows, weights, K, width):
                 ]
                 results = product.epilogue(*(x[:, chunk : chunk + CHUNK] for x in parts), *tiles, *c)
                 for out, result in zip(outs[: product.outputs], results, strict=False):
-                    _leave(staging, result, out.at[at])
+                    leave(result, out.at[at])
                 if product.row_sums:
                     outs[-1][(start + chunk) // CHUNK, slots] = jnp.sum(results[-1], axis=1)
 
@@ -149,18 +153,18 @@ def _contraction(begin, end, a, *refs, count, width):
         for j, (tile, start) in enumerate(zip(b_tiles, starts, strict=True)):
             plgpu.copy_gmem_to_smem(bs[j % count].at[slots, pl.ds(start, width)], tile, arrived)
 
-    def finish(half, sums, staging):
+    def finish(half, sums, leave):
         for j, (part, start) in enumerate(zip(sums, starts, strict=True)):
             for chunk in range(0, width, CHUNK):
                 out = outs[j % count].at[e, pl.ds(row * BLOCK + half * 64, 64), pl.ds(start + chunk, CHUNK)]
-                _leave(staging, part[:, chunk : chunk + CHUNK], out)
+                leave(part[:, chunk : chunk + CHUNK], out)
 
     steps = (end[e] - begin[e]) * (BLOCK // DEPTH)
     _tile(steps, fetch, finish, True, a.dtype, width, turned_a=True, turned_b=False)
 
 
 def _tile(steps, fetch, finish, wanted, dtype, width, *, turned_a, turned_b):
-    """Make a program's sums: `steps` of `fetch(c, a, bs, arrived)`, then `finish(half, sums, staging)` if `wanted`."""
+    """Make a program's sums: `steps` of `fetch(c, a, bs, arrived)`, then `finish(half, sums, leave)` if `wanted`."""
     shared = partial(plgpu.SMEM, dtype=dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
     def scoped(a_ring, *refs):
@@ -196,26 +200,32 @@ def _tile(steps, fetch, finish, wanted, dtype, width, *, turned_a, turned_b):
 
             sums = compat.sums_of_products(2, (64, width), steps, step)
             pl.when(steps > 0)(lambda: plgpu.barrier_arrive(free.at[lax.rem(steps - 1, STAGES)]))
-            pl.when(wanted)(lambda: finish(group, sums, staging.at[group]))
+            pl.when(wanted)(lambda: finish(group, sums, _leaver(staging.at[group])))
             plgpu.wait_smem_to_gmem(0)
 
     pl.run_scoped(
         scoped,
         shared((STAGES, DEPTH, BLOCK) if turned_a else (STAGES, BLOCK, DEPTH)),
         *[shared((STAGES, width, DEPTH) if turned_b else (STAGES, DEPTH, width))] * 2,
-        shared((2, 64, CHUNK)),
+        shared((2, LEAVING, 64, CHUNK)),
         plgpu.Barrier(num_arrivals=3, num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         collective_axes="warpgroup",
     )
 
 
-def _leave(staging, values, out):
-    """Write [64, CHUNK] values through shared memory."""
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    staging[...] = values.astype(staging.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(staging, out)
+def _leaver(staging):
+    """Return what writes [64, CHUNK] values through shared memory, one chunk after the other."""
+    turns = itertools.cycle(range(LEAVING))
+
+    def leave(values, out):
+        turn = next(turns)
+        plgpu.wait_smem_to_gmem(LEAVING - 1, wait_read_only=True)
+        staging[turn] = values.astype(staging.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(staging.at[turn], out)
+
+    return leave
 
 
 def _width(columns, sums):

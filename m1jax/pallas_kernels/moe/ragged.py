@@ -41,7 +41,7 @@ def multiply(ragged_dot, product, layout, rows, weights, tiles=(), combine_S=Non
     weigh = [] if combine_S is None else [combine_S[:, None]]
     results = product.epilogue(*sums, *(x.astype(wide) for x in tiles), *weigh)
     outputs = [x.astype(dtype) for x in results[: product.outputs]]
-    return outputs + [x.sum(axis=1) for x in results[product.outputs :]]
+    return outputs + [x.sum(axis=1) for x in results[product.outputs :] if product.row_sums]
 
 
 def contract(ragged_dot, layout, a_SM, bs_SN, dtype):
