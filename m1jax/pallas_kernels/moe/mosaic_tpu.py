@@ -46,7 +46,8 @@ def multiply(product, layout, rows, weights, tiles=(), combine_S=None):
     weights = [_pad(w, (1, 2)) for w in weights]
     Kp, Np = _widths(weights[0], product.transposed)
     column = len(weights) * Kp + (len(tiles) + product.outputs) * C
-    columns = _divisor(Np, (TILES // (2 * dtype.itemsize) - len(rows) * C * Kp) // column)
+    budget = TILES if dtype == jnp.bfloat16 else TILES // 2  # float32 is multiplied in parts, which take as much again
+    columns = _divisor(Np, (budget // (2 * dtype.itemsize) - len(rows) * C * Kp) // column)
 
     weight = (None, columns, Kp) if product.transposed else (None, Kp, columns)
     at = (lambda e, n: (e, n, 0)) if product.transposed else (lambda e, n: (e, 0, n))
