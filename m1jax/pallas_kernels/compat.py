@@ -132,8 +132,8 @@ def product(
         turned = lambda x, yes: x[...].T if yes else x[...]  # noqa: E731
         ab = jnp.dot(turned(a, transpose_a), turned(b, transpose_b), preferred_element_type=jnp.float32)
         return ab if onto is None else onto + ab
-    a = plgpu.transpose_ref(a, (1, 0)) if transpose_a else a
-    b = plgpu.transpose_ref(b, (1, 0)) if transpose_b else b
+    a = a.transpose((1, 0)) if transpose_a else a
+    b = b.transpose((1, 0)) if transpose_b else b
     if onto is not None:
         total: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.WGMMAAccumulatorRef.init(onto))
         return total
@@ -165,8 +165,8 @@ def sums_of_products(count: int, shape: tuple[int, int], steps: Any, step: Any) 
 
     def scoped(*sums):
         def add(i, a, b, *, transpose_a=False, transpose_b=False):
-            a = plgpu.transpose_ref(a, (1, 0)) if transpose_a else a
-            b = plgpu.transpose_ref(b, (1, 0)) if transpose_b else b
+            a = a.transpose((1, 0)) if transpose_a else a
+            b = b.transpose((1, 0)) if transpose_b else b
             plgpu.wgmma(sums[i], a, b)
 
         jax.lax.fori_loop(0, steps, lambda c, _: step(c, add), None)
