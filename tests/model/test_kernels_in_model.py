@@ -21,6 +21,7 @@ from m1jax.model.logprobs import token_logprobs
 from m1jax.pallas_kernels.compat import interpreted, lowering_for
 from m1jax.pallas_kernels.lightning_attention import api
 from m1jax.pallas_kernels.moe import api as moe_api
+from m1jax.pallas_kernels.moe.ragged import has_tokamax
 from m1jax.rl.loop import train
 from m1jax.rl.settings import RLConfig
 from m1jax.train.sft import SFTConfig
@@ -48,11 +49,12 @@ def compiled(config):
     return jax.jit(lambda *args: logits(args[0], config, *args[1:]))
 
 
+TOKAMAX = pytest.param("tokamax", marks=pytest.mark.skipif(not has_tokamax(), reason="an extra"))
 SLOW_TINY = pytest.param("m1_tiny", marks=pytest.mark.slow)  # eight layers
 
 
 @pytest.mark.parametrize("name", [SLOW_TINY, "m1_kernel"])
-@pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_tpu", "ragged_dot"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "mosaic_tpu", "ragged_dot", TOKAMAX])
 def test_recorded_logits_states_and_greedy_tokens(implementation, name):
     config, numbers, params = with_kernel(name, implementation), golden.numbers(name), golden.weights(name)
     run = compiled(config)
@@ -85,7 +87,7 @@ def test_recorded_logits_states_and_greedy_tokens(implementation, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", ["reference", "mosaic_tpu", "ragged_dot"])
+@pytest.mark.parametrize("implementation", ["reference", "mosaic_tpu", "ragged_dot", TOKAMAX])
 def test_recorded_gradients(implementation):
     """`xla` is held to them in test_transformer."""
     config, numbers, params = with_kernel("m1_tiny", implementation), golden.numbers(), golden.weights()

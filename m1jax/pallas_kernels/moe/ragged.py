@@ -64,8 +64,11 @@ def _product(ragged_dot, layout, dtype):
 
 
 def _tokamax():
+    from absl import flags
     from tokamax import ragged_dot_general  # pyright: ignore[reportMissingImports]  # an extra
 
+    if not flags.FLAGS.is_parsed():  # else it takes the command line of whatever runs here for its own
+        flags.FLAGS(["m1jax"])
     return ragged_dot_general
 
 
