@@ -117,6 +117,8 @@ def programs(target: str) -> dict[str, Program]:
         found[f"gated norm and gradients, {shape}"] = (partial(both_ways, norm, rows), (arguments,))
     trained = ("x_TD", "combine_weights_TA", "w_gate_EDF", "w_up_EDF", "w_down_EFD")
     for shape in TARGET_SHAPES["experts"]:
+        if shape.routing != "balanced":
+            continue  # the same program
         for suffix, dtype in dtypes.items():
             arguments, name = shape.arrays(dtype), f"{shape}{suffix}"
             found[f"experts, {name}"] = (partial(forward, experts), (arguments,))

@@ -21,7 +21,10 @@ os.environ["XLA_FLAGS"] = " ".join([*FLAGS, *os.environ.get("XLA_FLAGS", "").spl
 
 
 def _compile_interpreted_threads_once():
-    """JAX 0.10 compiles an interpreted kernel of several warpgroups anew for each of them in each of its programs."""
+    """JAX 0.10 compiles an interpreted kernel of several warpgroups anew for each of them in each of its programs.
+
+    It is the same function of its arguments, the number of the warpgroup among them; JAX 0.12 compiles it once.
+    """
     import threading
 
     import jax

@@ -85,8 +85,8 @@ def sft_config(**changes: Any):
     return build(SFTConfig, sft_values(**changes))
 
 
-def bigram():
-    """Parameters of `MODEL` whose next token hangs on the last one: each row's favourite has probability ~0.85.
+def bigram(**changes: Any):
+    """Parameters of `MODEL` with `changes`, whose next token hangs on the last one: a row's favourite has ~0.85.
 
     The embedding is one-hot, so the final norm gives sqrt(32) times a unit vector (layers add a little to it), and the
     head's row of a token holds the logits of what follows it.
@@ -98,7 +98,7 @@ def bigram():
     from m1jax.model import transformer
     from m1jax.model.config import ModelConfig
 
-    model = build(ModelConfig, MODEL)
+    model = build(ModelConfig, MODEL | changes)
     params = jax.tree.map(np.asarray, jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), model))
     digits, follows = list("0123456789"), {"\n": ["<think>"], "<think>": ["</think>"], "</think>": ["<answer>"]}
     follows |= {"<answer>": digits, "</answer>": ["<eos>"]} | {digit: ["</answer>"] for digit in digits}
@@ -109,12 +109,12 @@ def bigram():
     return params | {"embedding": np.eye(20, 32, dtype=np.float32), "head": head}
 
 
-def save_bigram(folder: Path) -> str:
+def save_bigram(folder: Path, **changes: Any) -> str:
     """The checkpoint folder to name as `init_from`."""
     from m1jax.train.checkpoint import Checkpoints
 
     with Checkpoints(folder / "bigram") as checkpoints:
-        checkpoints.save(0, {"params": bigram()}, {"config": {"model": MODEL}}, wait=True)
+        checkpoints.save(0, {"params": bigram(**changes)}, {"config": {"model": MODEL | changes}}, wait=True)
     return str(folder / "bigram")
 
 

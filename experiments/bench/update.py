@@ -49,7 +49,7 @@ def _no_optimizer(state: TrainState, grads: Any, *_: Any) -> tuple[TrainState, d
 
 
 WITHOUT = {
-    "experts and their router": {moe: {"expert_mlp": lambda x_MD, *_, **__: x_MD}},
+    "experts (sort, products, sum)": {moe: {"expert_mlp": lambda x_MD, *_, **__: x_MD}},
     "lightning attention": {lightning: {"lightning_attention": _no_lightning}},
     "softmax attention": {attention: {"softmax_attention": _no_softmax}},
     "AdamW and norms": {update: {"apply_gradients": _no_optimizer}},
@@ -99,7 +99,8 @@ def load(arguments: argparse.Namespace) -> RLConfig:
     """The config, with another model and micro-batch where they are asked for."""
     values = cli.load_config(arguments.config)
     if arguments.model:
-        if not callable(getattr(models, arguments.model, None)):
+        found = getattr(models, arguments.model, None)
+        if getattr(found, "__module__", "") != models.__name__:  # ConfigDict is there too
             raise UserError(f"--model: there is no {arguments.model!r} in configs/models.py")
         values["model"] = getattr(models, arguments.model)().to_dict()
     if arguments.tokens:

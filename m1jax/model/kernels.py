@@ -35,11 +35,17 @@ def _asked(name: str) -> str | None:
 
 def check_kernels(config: ModelConfig) -> None:
     """Raise UserError before a run begins where a kernel that its config names cannot do the work."""
-    used = {"lightning": lightning_kernel} if "lightning" in config.kinds else {}
-    used |= {"moe": moe_kernel} if config.num_experts else {}
-    for name, kernel in used.items():
+    parts = {
+        "lightning": (lightning_kernel, "lightning" in config.kinds, "layer of lightning attention"),
+        "moe": (moe_kernel, config.num_experts > 0, "mixture of experts"),
+    }
+    for name, (kernel, used, what) in parts.items():
+        asked = getattr(config.kernels, name)
+        if not used and asked != "auto":
+            raise UserError(f"config.kernels.{name}: {asked!r}, but the model has no {what}; leave it 'auto'")
         try:
-            kernel(config)
+            if used:
+                kernel(config)
         except ValueError as error:
             raise UserError(f"config.kernels.{name}: {error}, or 'auto'") from error
     if config.kernels.softmax == "splash":

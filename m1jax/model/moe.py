@@ -44,7 +44,7 @@ class MixtureOfExperts(nn.Module):
         if recorded_MA is not None:
             expert_ids_MA, combine_weights_MA = replay(router_logits_ME, own_MA, recorded_MA)
         y_MD = expert_mlp(
-            x_MD, expert_ids_MA, combine_weights_MA.astype(x_MD.dtype), w_gate_EDF, w_up_EDF, w_down_EFD,
+            x_MD, expert_ids_MA, combine_weights_MA, w_gate_EDF, w_up_EDF, w_down_EFD,
             implementation=moe_kernel(c),
         )  # fmt: skip
         return y_MD, routing_sums(router_logits_ME, own_MA, expert_ids_MA, live_M) | {"expert_ids": own_MA}

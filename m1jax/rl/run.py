@@ -312,7 +312,9 @@ def check_heldout(config: RLConfig, meta: Mapping[str, Any]) -> None:
 def check_expert_ids(config: RLConfig, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]]) -> None:
     """Raise UserError where rollouts lack the experts that `rollout.router_replay` is about."""
     model, asked = config.model, f"config.rollout.router_replay: {config.rollout.router_replay!r}"
-    source, mend = config.rollout.replay or "this engine", "record them with 'compare', or choose 'off'"
+    source, mend = "this engine", "it has to fill Rollout.expert_ids; or choose 'off'"
+    if config.rollout.replay:
+        source, mend = config.rollout.replay, "a run with 'compare' or 'use' saves them; or choose 'off'"
     for prompt, group in zip(prompts, rollouts, strict=True):
         for r in group:
             tokens = len(prompt.token_ids) + len(r.token_ids)

@@ -25,7 +25,7 @@ class RouterConfig:
             which takes 1e-3).
     """
 
-    balance_coefficient: float
+    balance_coefficient: float = 0.0
     z_coefficient: float = 0.0
 
     def __post_init__(self):
@@ -34,7 +34,14 @@ class RouterConfig:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 0 and finite")
 
 
-NO_AUXILIARY_LOSS = RouterConfig(balance_coefficient=0.0)
+@dataclass(frozen=True)
+class SupervisedRouterConfig(RouterConfig):
+    """The same, with the balance loss on unless it is set to 0: text is what routers learn to spread."""
+
+    balance_coefficient: float = 1e-3
+
+
+NO_AUXILIARY_LOSS = RouterConfig()
 
 
 def check_router(router: RouterConfig, model: ModelConfig) -> None:
@@ -74,6 +81,7 @@ def router_metrics(sums: Mapping[str, Any]) -> dict[str, float]:
     return {
         "router/load_largest_over_mean": float(largest_L.mean()),
         "router/load_largest_over_mean_worst_layer": float(largest_L.max()),
+        "router/load_smallest_over_mean_worst_layer": float(share_LE.min() * share_LE.shape[1]),
         "router/entropy": mean("entropy"),
         "router/small_margin_share": mean("small_margins"),
         "router/balance_loss": mean("balance_loss"),

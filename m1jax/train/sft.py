@@ -38,7 +38,7 @@ from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
 from m1jax.train.next_token import TokenBatch, make_supervised_update
 from m1jax.train.optimizer import OptimizerConfig, make_optimizer
 from m1jax.train.pretrained import HUGGINGFACE, init_params
-from m1jax.train.router import RouterConfig, check_router, router_metrics
+from m1jax.train.router import SupervisedRouterConfig, check_router, router_metrics
 from m1jax.train.settings import CheckpointConfig
 from m1jax.train.state import init_state
 
@@ -98,7 +98,7 @@ class SFTConfig:
     reflection: float = 0.1
     init_from: str = ""
     kernels: KernelConfig = KernelConfig()
-    router: RouterConfig = RouterConfig(balance_coefficient=1e-3)
+    router: SupervisedRouterConfig = SupervisedRouterConfig()
 
     def __post_init__(self):
         object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels))

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from experiments.bench import core
+from experiments.bench import core, update
 from experiments.bench.__main__ import main
 
 
@@ -41,3 +41,13 @@ def test_stages_of_the_demo(tmp_path, capsys):
     assert stages["sft"]["tokens_per_second"] > 0 and stages["rl"]["rollout_tokens_per_second"] > 0
     assert {"rollout", "reward", "update"} <= set(stages["rl"]["seconds_per_batch"])
     assert "generation batch" in capsys.readouterr().out
+
+
+def test_stages_of_an_update(capsys):
+    config = "configs/rl_tiny_cpu.py:smoke"
+    assert update.main([f"--config={config}", "--rounds=1", "--rows=4", "--tokens=48"]) == 0
+    printed = capsys.readouterr().out
+    for stage in (*update.WITHOUT, "one update"):
+        assert stage in printed
+    assert update.main([f"--config={config}", "--model=ConfigDict"]) == 2
+    assert "--model: there is no 'ConfigDict' in configs/models.py" in capsys.readouterr().err

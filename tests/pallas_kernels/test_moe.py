@@ -151,6 +151,18 @@ def test_few_tokens(num_tokens):
     assert error(y, by_hand(x, ids, combine, *weights)[:num_tokens]) < EXACT
 
 
+@pytest.mark.parametrize("implementation", ["xla", "ragged_dot"])
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 3), (1, 4), (17, 1), (17, 2), (24, 1)])
+def test_one_of_few_experts(tokens, experts, implementation):
+    """Fewer blocks than are computed together."""
+    (x, combine, *weights), dy = jax.tree.map(np.float32, inputs())
+    args = (x[:tokens], combine[:tokens, :1], *(w[:experts] for w in weights))
+    ids = np.arange(tokens).reshape(-1, 1) % experts
+    found, expected = (run(args, dy[:tokens], ids, name) for name in (implementation, "reference"))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert error(a, b) < SINGLE
+
+
 def test_router_by_hand():
     """p = (1/7, 4/7, 2/7): experts 1 and 2, weights 4/6 and 2/6. Ties: the lower index first."""
     ids, combine = route(jnp.log(jnp.array([[1.0, 4.0, 2.0], [3.0, 3.0, 3.0]])), 2)
@@ -214,9 +226,19 @@ def test_errors_say_what_is_wrong():
         expert_mlp(x, ids, combine[:, :1], w_gate, w_up, w_down)
     with pytest.raises(ValueError, match=r"no implementation 'triton'.*'mosaic_tpu', 'ragged_dot', 'reference'"):
         expert_mlp(x, ids, combine, w_gate, w_up, w_down, implementation="triton")
+    single = np.float32(x), ids, *map(np.float32, (combine, w_gate, w_up, w_down))
     with pytest.raises(ValueError, match="by 'mosaic_tpu' cannot run here: it needs a TPU.*choose 'xla'"):
-        expert_mlp(*map(jnp.float32, (x,)), ids, combine, w_gate, w_up, w_down, implementation="mosaic_tpu")
+        expert_mlp(*single, implementation="mosaic_tpu")
     with pytest.raises(ValueError, match="by 'mosaic_gpu' cannot run here: it multiplies bfloat16, and x is float32"):
-        expert_mlp(*map(jnp.float32, (x,)), ids, combine, w_gate, w_up, w_down, implementation="mosaic_gpu")
+        expert_mlp(*single, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="w_up is float16 and x is float64; x and the weights have one floating dtype"):
+        expert_mlp(x, ids, combine, w_gate, np.float16(w_up), w_down)
+    with pytest.raises(ValueError, match="expert_ids is float64, and ids are integers"):
+        expert_mlp(x, ids * 1.0, combine, w_gate, w_up, w_down)
+    with pytest.raises(ValueError, match="combine_weights is int64, and weights are floating"):
+        expert_mlp(x, ids, ids, w_gate, w_up, w_down)
+    for tokens, no_ids in ((x[:0], ids[:0]), (x, ids[:, 0])):
+        with pytest.raises(ValueError, match=r"x must be \[T, D\] with T > 0, expert_ids \[T, A\]"):
+            expert_mlp(tokens, no_ids, combine, w_gate, w_up, w_down)
     with pytest.raises(ValueError, match="num_selected is 6"):
         route(jnp.zeros((2, 5)), 6)

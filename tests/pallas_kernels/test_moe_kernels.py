@@ -10,6 +10,7 @@ from m1jax.pallas_kernels.moe import expert_mlp, route
 from m1jax.pallas_kernels.moe.api import choose
 from m1jax.pallas_kernels.moe.layout import layout_of
 from m1jax.pallas_kernels.moe.ragged import has_tokamax
+from m1jax.pallas_kernels.moe.xla import FEW_TOKENS
 from m1jax.pallas_kernels.shapes import NUMERIC_SHAPES, TARGET_SHAPES, Experts, draw, expert_ids
 
 IMPLEMENTATIONS = [
@@ -19,6 +20,7 @@ IMPLEMENTATIONS = [
     ("mosaic_tpu", "bfloat16"),
     ("ragged_dot", "float32"),
     ("ragged_dot", "bfloat16"),
+    pytest.param("tokamax", "float32", marks=pytest.mark.skipif(not has_tokamax(), reason="an extra")),
     pytest.param("tokamax", "bfloat16", marks=pytest.mark.skipif(not has_tokamax(), reason="an extra")),
     ("mosaic_gpu", "bfloat16"),
 ]
@@ -80,16 +82,20 @@ ROUNDING = 2.0**-7 / np.sqrt(12 * 1.5 / np.log(2))
 mean; the square of a number between two powers is 1.5 / ln 2 of the lower one's in the mean."""
 
 
-def tolerance(name, dtype, shape):
+def tolerance(name, implementation, dtype, shape):
     """Return the largest norm error that rounding explains.
 
-    bfloat16: independent roundings on the way to each result add up as the root of their number. y: hidden, a row, y.
-    Weights and router: gate, up (with their product), the gradient or the row that they meet, the result; dx one more,
-    for rows are rounded before a token's are added up. float32: sums of as many terms, in any order.
+    bfloat16: independent roundings on the way to each result add up as the root of their number. Of the kernels: y by
+    hidden, a row, y; weights and router by gate and up, their gradient or the row that they meet, the result; dx by one
+    more, for rows are rounded before a token's are added up. In blocks of plain JAX gate, up and rows stay float32. A
+    quarter more: the roundings of one array are those of a few hundred numbers at least, and the mean of their squares
+    scatters. float32: sums of as many terms, in any order.
     """
     if dtype == "float32":
         return np.finfo(np.float32).eps * np.sqrt(shape.D + shape.F + shape.T * shape.A)
-    return 1.25 * ROUNDING * np.sqrt({"y": 3, "dx": 5}.get(name, 4))
+    in_blocks = implementation == "xla" and shape.T > FEW_TOKENS
+    roundings = {"y": 2, "drouter": 1}.get(name, 2) if in_blocks else {"y": 3, "dx": 5}.get(name, 4)
+    return 1.25 * ROUNDING * np.sqrt(roundings)
 
 
 def norm_error(found, expected, norm=None):
@@ -113,7 +119,7 @@ def test_outputs_and_all_gradients_are_those_of_all_experts(implementation, dtyp
             np.testing.assert_array_equal(a, 0)
         else:
             norm = router_terms if name == "drouter" else None
-            assert norm_error(a, b, norm) < tolerance(name, dtype, shape), name
+            assert norm_error(a, b, norm) < tolerance(name, implementation, dtype, shape), name
         if name.startswith("dw"):
             unused = np.setdiff1d(np.arange(shape.E), ids)
             assert not np.asarray(a[unused]).any(), name

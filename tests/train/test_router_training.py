@@ -13,7 +13,7 @@ from m1jax.errors import UserError
 from m1jax.model.logprobs import token_logprobs
 from m1jax.sharding import data_mesh
 from m1jax.train.next_token import TokenBatch, make_supervised_update
-from m1jax.train.router import RouterConfig, auxiliary_loss, router_metrics
+from m1jax.train.router import RouterConfig, SupervisedRouterConfig, auxiliary_loss, router_metrics
 from m1jax.train.sft import SFTConfig
 from m1jax.train.state import TrainState
 from tests import runs
@@ -36,6 +36,7 @@ def test_metrics_by_hand():
         {
             "router/load_largest_over_mean": 1.5,
             "router/load_largest_over_mean_worst_layer": 2.0,
+            "router/load_smallest_over_mean_worst_layer": 0.0,
             "router/entropy": 0.75,
             "router/small_margin_share": 0.05,
             "router/balance_loss": 2.5,
@@ -59,9 +60,9 @@ def test_refusals():
     for values in (dict(balance_coefficient=-0.1), dict(balance_coefficient=0.0, z_coefficient=math.inf)):
         with pytest.raises(UserError, match="must be at least 0 and finite"):
             build(RouterConfig, values)
-    assert build(SFTConfig, runs.sft_values()).router == RouterConfig(1e-3, 0.0)
-    with pytest.raises(UserError, match="config.router.balance_coefficient: missing"):
-        build(SFTConfig, runs.sft_values(router=dict(z_coefficient=0.1)))
+    assert build(SFTConfig, runs.sft_values()).router == SupervisedRouterConfig(1e-3, 0.0)
+    part = build(SFTConfig, runs.sft_values(router=dict(z_coefficient=0.1))).router
+    assert part == SupervisedRouterConfig(1e-3, 0.1)  # the balance loss stays on
     dense = dict(model__num_experts=0, model__experts_per_token=0)
     with pytest.raises(UserError, match="config.router.balance_coefficient: 0.001, but a dense model has no router"):
         build(SFTConfig, runs.sft_values(**dense))

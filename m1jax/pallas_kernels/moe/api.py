@@ -64,11 +64,11 @@ def expert_mlp(
     equal inputs give equal bits: nothing is added in an order that could change.
 
     Args:
-        x_TD: floating [T, D].
+        x_TD: floating [T, D], T > 0.
         expert_ids_TA: int32 [T, A], each in 0..E-1.
-        combine_weights_TA: floating [T, A].
-        w_gate_EDF, w_up_EDF: floating [E, D, F].
-        w_down_EFD: floating [E, F, D].
+        combine_weights_TA: floating [T, A], float32 from `route`.
+        w_gate_EDF, w_up_EDF: [E, D, F] in the dtype of x.
+        w_down_EFD: [E, F, D] in the dtype of x.
         implementation: a key of `IMPLEMENTATIONS`, or None for the best one on this backend.
 
     Returns:
@@ -77,8 +77,9 @@ def expert_mlp(
     Raises:
         ValueError: shapes or dtypes disagree, or the implementation does not exist or cannot run here.
     """
-    if x_TD.ndim != 2 or w_gate_EDF.ndim != 3:
-        raise ValueError(f"x must be [T, D] and w_gate [E, D, F], found {x_TD.shape} and {w_gate_EDF.shape}")
+    if x_TD.ndim != 2 or w_gate_EDF.ndim != 3 or expert_ids_TA.ndim != 2 or not x_TD.size:
+        found = f"{x_TD.shape}, {expert_ids_TA.shape} and {w_gate_EDF.shape}"
+        raise ValueError(f"x must be [T, D] with T > 0, expert_ids [T, A] and w_gate [E, D, F], found {found}")
     (T, D), (E, _, F), A = x_TD.shape, w_gate_EDF.shape, expert_ids_TA.shape[-1]
     for name, array, expected in (
         ("expert_ids", expert_ids_TA, (T, A)),
@@ -89,6 +90,15 @@ def expert_mlp(
     ):
         if array.shape != expected:
             raise ValueError(f"{name} has shape {array.shape}, but x and the others ask for {expected}")
+    for name, array in (("w_gate", w_gate_EDF), ("w_up", w_up_EDF), ("w_down", w_down_EFD)):
+        if array.dtype != x_TD.dtype or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} is {array.dtype} and x is {x_TD.dtype}; x and the weights have one floating dtype"
+            )
+    if not jnp.issubdtype(expert_ids_TA.dtype, jnp.integer):
+        raise ValueError(f"expert_ids is {expert_ids_TA.dtype}, and ids are integers")
+    if not jnp.issubdtype(combine_weights_TA.dtype, jnp.floating):
+        raise ValueError(f"combine_weights is {combine_weights_TA.dtype}, and weights are floating")
     chosen = choose(implementation, x_TD.dtype)
     inputs = x_TD, expert_ids_TA, combine_weights_TA, w_gate_EDF, w_up_EDF, w_down_EFD
     return IMPLEMENTATIONS[chosen](*map(jnp.asarray, inputs))

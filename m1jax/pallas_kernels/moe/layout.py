@@ -49,7 +49,7 @@ def layout_of(expert_ids_TA: jax.Array, num_experts: int, block: int, *, visit_a
     filled_E = (count_E + C - 1) // C
     ends_E = jnp.cumsum(jnp.maximum(filled_E, 1) if visit_all else filled_E)
     begin_E = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_E[:-1]])
-    slot_R = jnp.sum(jnp.where(mine_RE, begin_E * C + counted_RE - 1, 0), axis=1)
+    slot_R = jnp.sum(jnp.where(mine_RE, begin_E * C + counted_RE - 1, 0), axis=1, dtype=jnp.int32)
     rows_S = jnp.full(G * C, R, jnp.int32).at[slot_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
     expert_G = jnp.minimum(jnp.sum(ends_E <= jnp.arange(G)[:, None], axis=1, dtype=jnp.int32), E - 1)
     live_G = jnp.clip(count_E[expert_G] - (jnp.arange(G) - begin_E[expert_G]) * C, 0, C)

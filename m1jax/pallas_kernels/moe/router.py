@@ -11,7 +11,7 @@ def route(logits_TE: jax.Array, num_selected: int) -> tuple[jax.Array, jax.Array
     what the others had cancels out.
 
     Args:
-        logits_TE: [T, E].
+        logits_TE: [T, E], finite.
         num_selected: A, experts per token.
 
     Returns:

@@ -119,14 +119,15 @@ _in_blocks.defvjp(_fwd, _bwd)
 
 def _over_blocks(layout, begin, end, block, carry):
     """Run `block(rows, first slot, carry)` over the blocks begin..end, `TOGETHER` at once while there are as many."""
-    rows_S, C = layout.rows_GC.reshape(-1), layout.rows_GC.shape[1]
+    rows_S, (G, C) = layout.rows_GC.reshape(-1), layout.rows_GC.shape
+    together = min(TOGETHER, G)  # the loop is traced where it never runs, too
 
     def at(count, g, carry):
         return block(jax.lax.dynamic_slice_in_dim(rows_S, g * C, count * C), g * C, carry)
 
-    whole = (end - begin) // TOGETHER
-    carry = jax.lax.fori_loop(0, whole, lambda i, carry: at(TOGETHER, begin + i * TOGETHER, carry), carry)
-    return jax.lax.fori_loop(begin + whole * TOGETHER, end, partial(at, 1), carry)
+    whole = (end - begin) // together
+    carry = jax.lax.fori_loop(0, whole, lambda i, carry: at(together, begin + i * together, carry), carry)
+    return jax.lax.fori_loop(begin + whole * together, end, partial(at, 1), carry)
 
 
 def _put(slots_SX, start, x_CX):
