@@ -295,7 +295,7 @@ def _greedy_checks(params: Params, config: ModelConfig, arrays: Mapping[str, np.
     prompt = arrays["greedy_prompt"].astype(np.int32)[None]
     count = len(arrays["greedy_ids"] if "greedy_ids" in arrays else arrays["greedy_logprobs"])
     run: Callable[..., Any] = jax.jit(sample, static_argnames=("config", "sampling", "responses", "stop_ids"))
-    ids, logprobs, _, _ = run(
+    (ids, logprobs, _, _), _ = run(
         params, prompt, np.ones_like(prompt), np.zeros((1,), np.uint32), 0,
         config=config, sampling=Sampling(max_tokens=count, temperature=0.0), responses=1, stop_ids=(),
     )  # fmt: skip

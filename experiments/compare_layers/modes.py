@@ -104,7 +104,7 @@ def sampled_tokens(params: Params, config: ModelConfig, rows: int, length: int, 
 
     first = np.random.default_rng(seed).integers(config.vocab_size, size=(rows, 1)).astype(np.int32)
     run: Any = jax.jit(sample, static_argnames=("config", "sampling", "responses", "stop_ids"))
-    ids, *_ = run(
+    (ids, *_), _ = run(
         params, first, np.ones_like(first), np.arange(rows, dtype=np.uint32), seed,
         config=config, sampling=Sampling(max_tokens=length - 1), responses=1, stop_ids=(),
     )  # fmt: skip

@@ -102,6 +102,7 @@ def _product(expert, live, *refs, product, rows, weights, K, width):
     outs = refs[len(refs) - product.outputs - product.row_sums :]
     xs, ws, others = refs[:rows], refs[rows : rows + weights], refs[rows + weights : len(refs) - len(outs)]
     g = lax.axis_index("block")
+    e, count = expert[g], live[g]
     n = lax.axis_index("group") * lax.axis_size("column") + lax.axis_index("column")
     two = len(product.sums) == 2
     starts = [n * width] * 2 if two else [2 * n * width, (2 * n + 1) * width]
@@ -111,7 +112,7 @@ def _product(expert, live, *refs, product, rows, weights, K, width):
         inner = pl.ds((c - i * depth) * DEPTH, DEPTH)
         plgpu.copy_gmem_to_smem(xs[i].at[pl.ds(g * BLOCK, BLOCK), inner], a, arrived)
         for j, (b, start) in enumerate(zip(bs, starts, strict=True)):
-            w, columns = ws[j if two else i].at[expert[g]], pl.ds(start, width)
+            w, columns = ws[j if two else i].at[e], pl.ds(start, width)
             plgpu.copy_gmem_to_smem(w.at[(columns, inner) if product.transposed else (inner, columns)], b, arrived)
 
     def fetch(c, *tiles):
@@ -137,18 +138,19 @@ def _product(expert, live, *refs, product, rows, weights, K, width):
                 if product.row_sums:
                     outs[-1][(start + chunk) // CHUNK, slots] = jnp.sum(results[-1], axis=1)
 
-    steps = jnp.where(live[g] > 0, terms * depth, 0)
-    _tile(steps, fetch, finish, live[g] > 0, xs[0].dtype, width, turned_a=False, turned_b=product.transposed)
+    steps = jnp.where(count > 0, terms * depth, 0)
+    _tile(steps, fetch, finish, count > 0, xs[0].dtype, width, turned_a=False, turned_b=product.transposed)
 
 
 def _contraction(begin, end, a, *refs, count, width):
     """One tile of a contraction: refs are the b and the outputs."""
     bs, outs = refs[:count], refs[count:]
     e, row, n = (lax.axis_index(name) for name in ("expert", "row", "column"))
+    first, blocks = begin[e], end[e] - begin[e]
     starts = [n * width] * 2 if count == 2 else [2 * n * width, (2 * n + 1) * width]
 
     def fetch(c, a_tile, b_tiles, arrived):
-        slots = pl.ds(begin[e] * BLOCK + c * DEPTH, DEPTH)
+        slots = pl.ds(first * BLOCK + c * DEPTH, DEPTH)
         plgpu.copy_gmem_to_smem(a.at[slots, pl.ds(row * BLOCK, BLOCK)], a_tile, arrived)
         for j, (tile, start) in enumerate(zip(b_tiles, starts, strict=True)):
             plgpu.copy_gmem_to_smem(bs[j % count].at[slots, pl.ds(start, width)], tile, arrived)
@@ -159,8 +161,7 @@ def _contraction(begin, end, a, *refs, count, width):
                 out = outs[j % count].at[e, pl.ds(row * BLOCK + half * 64, 64), pl.ds(start + chunk, CHUNK)]
                 leave(part[:, chunk : chunk + CHUNK], out)
 
-    steps = (end[e] - begin[e]) * (BLOCK // DEPTH)
-    _tile(steps, fetch, finish, True, a.dtype, width, turned_a=True, turned_b=False)
+    _tile(blocks * (BLOCK // DEPTH), fetch, finish, True, a.dtype, width, turned_a=True, turned_b=False)
 
 
 def _tile(steps, fetch, finish, wanted, dtype, width, *, turned_a, turned_b):

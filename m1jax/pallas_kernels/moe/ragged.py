@@ -7,6 +7,7 @@ nothing but how many each expert has. What our kernels do before the sums leave 
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -64,11 +65,11 @@ def _product(ragged_dot, layout, dtype):
 
 
 def _tokamax():
-    from absl import flags
     from tokamax import ragged_dot_general  # pyright: ignore[reportMissingImports]  # an extra
 
-    if not flags.FLAGS.is_parsed():  # else it takes the command line of whatever runs here for its own
-        flags.FLAGS(["m1jax"])
+    flags = sys.modules["absl.flags"].FLAGS  # tokamax's, which reads the command line of whatever runs here for them
+    if not flags.is_parsed():
+        flags(["m1jax"])
     return ragged_dot_general
 
 
