@@ -132,8 +132,7 @@ def product(
         turned = lambda x, yes: x[...].T if yes else x[...]  # noqa: E731
         ab = jnp.dot(turned(a, transpose_a), turned(b, transpose_b), preferred_element_type=jnp.float32)
         return ab if onto is None else onto + ab
-    a = a.transpose((1, 0)) if transpose_a else a
-    b = b.transpose((1, 0)) if transpose_b else b
+    a, b = _turned(a, transpose_a), _turned(b, transpose_b)
     if onto is not None:
         total: Any = pl.run_state(lambda sums: plgpu.wgmma(sums, a, b))(plgpu.WGMMAAccumulatorRef.init(onto))
         return total
@@ -165,9 +164,7 @@ def sums_of_products(count: int, shape: tuple[int, int], steps: Any, step: Any) 
 
     def scoped(*sums):
         def add(i, a, b, *, transpose_a=False, transpose_b=False):
-            a = a.transpose((1, 0)) if transpose_a else a
-            b = b.transpose((1, 0)) if transpose_b else b
-            plgpu.wgmma(sums[i], a, b)
+            plgpu.wgmma(sums[i], _turned(a, transpose_a), _turned(b, transpose_b))
 
         jax.lax.fori_loop(0, steps, lambda c, _: step(c, add), None)
         plgpu.wgmma_wait(0)
@@ -175,3 +172,7 @@ def sums_of_products(count: int, shape: tuple[int, int], steps: Any, step: Any) 
 
     found: Any = pl.run_scoped(scoped, *[plgpu.WGMMAAccumulatorRef(shape, jnp.float32)] * count)
     return found
+
+
+def _turned(ref: Any, transpose: bool) -> Any:
+    return ref.transpose((1, 0)) if transpose else ref

@@ -17,7 +17,7 @@ the weights to the dtype of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -141,3 +141,15 @@ def _by_slot(combine_weights_TA, layout):
     """Return float32 [S], the combine weight of every slot, 0 in empty ones."""
     combine_R = combine_weights_TA.reshape(-1).astype(jnp.float32)
     return combine_R.at[layout.rows_GC.reshape(-1)].get(mode="fill", fill_value=0)
+
+
+LANES = 128
+"""Widths are multiples of it on both devices: a tile of the result on a GPU, a row of registers on a TPU."""
+
+
+def pad(x: jax.Array, axes: Sequence[int] = (-1,)) -> jax.Array:
+    """Return `x` with zeros behind along `axes`, up to whole lanes: they change no product."""
+    pads = [(0, 0)] * x.ndim
+    for axis in axes:
+        pads[axis] = (0, -x.shape[axis] % LANES)
+    return jnp.pad(x, pads)

@@ -57,7 +57,11 @@ def multiply(product, layout, rows, weights, tiles=(), combine_S=None):
     """`grouped.Device.multiply` on a GPU."""
     (G, C), dtype = layout.rows_GC.shape, rows[0].dtype
     N = weights[0].shape[1 if product.transposed else 2]
-    rows, tiles, weights = [_pad(x) for x in rows], [_pad(x) for x in tiles], [_pad(w, (1, 2)) for w in weights]
+    rows, tiles, weights = (
+        [grouped.pad(x) for x in rows],
+        [grouped.pad(x) for x in tiles],
+        [grouped.pad(w, (1, 2)) for w in weights],
+    )
     K, Np = weights[0].shape[1:][:: -1 if product.transposed else 1]
     width, side_by_side = _width(Np, len(product.sums))
     columns = Np // (width * side_by_side)
@@ -80,7 +84,7 @@ def multiply(product, layout, rows, weights, tiles=(), combine_S=None):
 def contract(layout, a_SM, bs_SN, dtype):
     """`grouped.Device.contract` on a GPU."""
     E, M, N = len(layout.begin_E), a_SM.shape[1], bs_SN[0].shape[1]
-    a_SM, bs_SN = _pad(a_SM), [_pad(b) for b in bs_SN]
+    a_SM, bs_SN = grouped.pad(a_SM), [grouped.pad(b) for b in bs_SN]
     Mp, Np = a_SM.shape[1], bs_SN[0].shape[1]
     width, side_by_side = _width(Np, len(bs_SN))
     out = compat.gpu_kernel(
@@ -105,7 +109,7 @@ def _product(expert, live, *refs, product, rows, weights, K, width):
     e, count = expert[g], live[g]
     n = lax.axis_index("group") * lax.axis_size("column") + lax.axis_index("column")
     two = len(product.sums) == 2
-    starts = [n * width] * 2 if two else [2 * n * width, (2 * n + 1) * width]
+    starts = _starts(n, width, two)
     terms, depth = (1, K // DEPTH) if two else (rows, K // DEPTH)
 
     def fetch_term(i, c, a, bs, arrived):
@@ -147,7 +151,7 @@ def _contraction(begin, end, a, *refs, count, width):
     bs, outs = refs[:count], refs[count:]
     e, row, n = (lax.axis_index(name) for name in ("expert", "row", "column"))
     first, blocks = begin[e], end[e] - begin[e]
-    starts = [n * width] * 2 if count == 2 else [2 * n * width, (2 * n + 1) * width]
+    starts = _starts(n, width, count == 2)
 
     def fetch(c, a_tile, b_tiles, arrived):
         slots = pl.ds(first * BLOCK + c * DEPTH, DEPTH)
@@ -235,9 +239,6 @@ def _width(columns, sums):
     return next(w for w in (128, 64) if columns % (w * side_by_side) == 0), side_by_side
 
 
-def _pad(x, axes=(-1,)):
-    """Return `x` with zeros up to whole tiles."""
-    pads = [(0, 0)] * x.ndim
-    for axis in axes:
-        pads[axis] = (0, -x.shape[axis] % BLOCK)
-    return jnp.pad(x, pads)
+def _starts(n, width, two):
+    """Return the first columns of a program's sums: the same of `two` results, or side by side in one."""
+    return [n * width] * 2 if two else [2 * n * width, (2 * n + 1) * width]

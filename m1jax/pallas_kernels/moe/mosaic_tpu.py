@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from m1jax.pallas_kernels.compat import is_interpreted
 from m1jax.pallas_kernels.moe import grouped
 
-LANES = 128
+LANES = grouped.LANES
 TILES = 40 * 2**20
 """Bytes of VMEM that the tiles of a program may take, two of each; a v5p has 64 MiB."""
 
@@ -42,8 +42,8 @@ def block(rows, experts, dtype):
 def multiply(product, layout, rows, weights, tiles=(), combine_S=None):
     """`grouped.Device.multiply` on a TPU."""
     (G, C), dtype, (_, N) = layout.rows_GC.shape, rows[0].dtype, _widths(weights[0], product.transposed)
-    rows, tiles = [_pad(x) for x in rows], [_pad(x) for x in tiles]
-    weights = [_pad(w, (1, 2)) for w in weights]
+    rows, tiles = [grouped.pad(x) for x in rows], [grouped.pad(x) for x in tiles]
+    weights = [grouped.pad(w, (1, 2)) for w in weights]
     Kp, Np = _widths(weights[0], product.transposed)
     column = len(weights) * Kp + (len(tiles) + product.outputs) * C
     budget = TILES if dtype == jnp.bfloat16 else TILES // 2  # float32 is multiplied in parts, which take as much again
@@ -83,7 +83,7 @@ def multiply(product, layout, rows, weights, tiles=(), combine_S=None):
 def contract(layout, a_SM, bs_SN, dtype):
     """`grouped.Device.contract` on a TPU."""
     (G, C), E, M, N = layout.rows_GC.shape, len(layout.begin_E), a_SM.shape[1], bs_SN[0].shape[1]
-    a_SM, bs_SN = _pad(a_SM), [_pad(b) for b in bs_SN]
+    a_SM, bs_SN = grouped.pad(a_SM), [grouped.pad(b) for b in bs_SN]
     Mp, Np = a_SM.shape[1], bs_SN[0].shape[1]
     height, width = _divisor(Mp, 1024), _divisor(Np, 512)
     out = pl.pallas_call(
@@ -177,14 +177,6 @@ def _divisor(width, most):
     """Return the widest tile of whole lanes that divides `width` and is at most `most`, or one of 128."""
     tiles = width // LANES
     return LANES * max(t for t in range(1, tiles + 1) if tiles % t == 0 and (t == 1 or t * LANES <= most))
-
-
-def _pad(x, axes=(-1,)):
-    """Return `x` with zeros up to whole lanes."""
-    pads = [(0, 0)] * x.ndim
-    for axis in axes:
-        pads[axis] = (0, -x.shape[axis] % LANES)
-    return jnp.pad(x, pads)
 
 
 expert_mlp = grouped.by(grouped.Device(block, multiply, contract))
