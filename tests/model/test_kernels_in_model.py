@@ -162,6 +162,9 @@ def test_a_named_kernel_that_cannot_run_is_one_line_before_the_run_begins(tmp_pa
         train(run_config(tmp_path, lightning="mosaic_tpu"), tmp_path)
     with pytest.raises(UserError, match=r"config.kernels.moe: .*'mosaic_gpu' cannot run here: .*'auto'"):
         train(run_config(tmp_path, moe="mosaic_gpu"), tmp_path)
+    dense = runs.rl_values(tmp_path, model__num_experts=0, model__experts_per_token=0, kernels={"moe": "xla"})
+    with pytest.raises(UserError, match="config.kernels.moe: 'xla', but the model has no mixture of experts; leave it"):
+        train(build(RLConfig, dense), tmp_path)
     with pytest.raises(UserError, match=r"config.kernels.softmax: 'splash' cannot run here: it needs a TPU"):
         train(run_config(tmp_path, softmax="splash"), tmp_path)
     with pytest.raises(UserError, match=r"config.kernels.lightning: 'triton' must be one of"):
