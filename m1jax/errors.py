@@ -34,3 +34,10 @@ def require_finite(step: int, stage: str, metrics: Mapping[str, float]) -> None:
     for name in ("train/loss", "train/grad_norm", "train/param_norm"):
         if not math.isfinite(metrics.get(name, 0.0)):
             raise NonFinite(step, stage, name)
+
+
+class EngineLost(RuntimeError):
+    """Nothing generates any more, and not for a fault of ours: the run saves and exits with code 75.
+
+    Its message is one line that names the cause of each server.
+    """

@@ -15,6 +15,7 @@ row. Entry 0 has no prefix and is always masked. The shift happens in one place,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -82,10 +83,11 @@ class Rollout:
         rollout_logprobs: float32 [T], log-probability of each id under the full softmax at the sampling
             temperature, computed by the engine (the behaviour policy).
         ending: how it ended.
-        weight_version: version of the weights that sampled it.
+        weight_version: version of the weights that sampled it; of several, the oldest.
         expert_ids: integers [prompt + T, L, A], the experts that served each token of prompt and response in each
             layer, -1 where the engine did not see the token (the stop token, which it samples and does not read). None
             where it kept no record.
+        weight_versions: int32 [T], the version of each token, where weights changed while it was sampled; else None.
     """
 
     prompt_index: int
@@ -95,6 +97,7 @@ class Rollout:
     ending: Ending
     weight_version: int
     expert_ids: np.ndarray | None = None
+    weight_versions: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,29 @@ class Engine(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
         """Return, for every prompt in order, its `responses` rollouts in order of `sample`."""
+        ...
+
+
+@runtime_checkable
+class AsyncEngine(Engine, Protocol):
+    """An engine that answers while something else goes on, an update of the trainer for example."""
+
+    def submit(
+        self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int
+    ) -> list[Future[list[Rollout]]]:
+        """As `generate`, without waiting: one future for each prompt, which can be cancelled.
+
+        `set_weights` does not wait for what is under way; which weights sampled what stands in the rollouts.
+        """
+        ...
+
+
+@runtime_checkable
+class MeasuredEngine(Engine, Protocol):
+    """An engine that tells what it went through."""
+
+    def take_metrics(self) -> dict[str, float]:
+        """Metrics since the last call."""
         ...
 
 

@@ -1,0 +1,439 @@
+"""The rollout engine that asks SGLang servers: prompts to sampled responses, over HTTP.
+
+It speaks token ids in both directions. Every response is a coroutine, `_respond`, which asks, keeps what came, and asks
+again from there until the response has ended: after a failure, after weights changed, after a segment. So a response is
+neither lost nor doubled, and its tokens may come from several servers and weights; each token keeps its log-probability
+and the version of the weights that sampled it.
+
+    _respond ──▶ Pool.server (m1jax.rl.servers.pool)     which server, when, and whether it may be trusted
+             ──▶ protocol.request, Server.events          what is asked (m1jax.rl.servers.protocol, server)
+             ──▶ protocol.read_piece                      what is believed
+             ──▶ Response.take                            stop, length, repetition
+
+`rollout_logprobs` mean what they mean in the local engine: the full softmax at the sampling temperature. The noise is
+the servers' own (one in deterministic mode gets a seed from seed, prompt and sample).
+
+All of it runs in one event loop in a thread of its own, so that answers come in while the trainer updates.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import random
+import threading
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from m1jax.errors import EngineLost, UserError
+from m1jax.model.config import ModelConfig
+from m1jax.rl.servers.keys import Keys, keys_from_environment
+from m1jax.rl.servers.pool import Pool
+from m1jax.rl.servers.probes import Needs
+from m1jax.rl.servers.protocol import Fault, Piece, new_id, read_experts, read_piece, request
+from m1jax.rl.servers.server import Server, open_session
+from m1jax.rl.servers.settings import ServersConfig
+from m1jax.rl.servers.weights import Published, prune, publish
+from m1jax.types import HELDOUT_INDEX, Ending, Params, Prompt, Rollout, Sampling
+
+FAULT_KINDS = (
+    "unreachable", "timeout", "cut", "error", "busy", "refused", "aborted", "logprobs", "lengths", "vocabulary", "ids",
+    "identity", "duplicate", "version",
+)  # fmt: skip
+
+
+class Response:
+    """One response while it grows.
+
+    Attributes:
+        token_ids, logprobs, versions: of every token so far.
+        ending: None while it goes on.
+        experts: integers [prompt + tokens, L, A] as far as they are known, -1 elsewhere; None without a record.
+    """
+
+    def __init__(self, sampling: Sampling, stop_ids: frozenset[int]):
+        self.sampling, self.stop_ids = sampling, stop_ids
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.versions: list[int] = []
+        self.ending: Ending | None = None
+        self.experts: np.ndarray | None = None
+        self._run = 0
+
+    def take(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int) -> None:
+        """Append tokens up to the one that ends the response; what comes after that one is dropped.
+
+        The rules are those of `m1jax.rl.engine_local.sample`, in its arithmetic (float32).
+        """
+        sampling, run = self.sampling, self._run
+        threshold = np.float32(sampling.repetition_probability)
+        likely = np.exp(np.asarray(logprobs, np.float32)) > threshold
+        for token, logprob, above in zip(token_ids, logprobs, likely, strict=True):
+            if self.ending is not None:
+                return
+            self.token_ids.append(token)
+            self.logprobs.append(logprob)
+            self.versions.append(version)
+            run = run + 1 if above else 0
+            if token in self.stop_ids:
+                self.ending = "stop"
+            elif 0 < sampling.repetition_run <= run:
+                self.ending = "repetition"
+            elif len(self.token_ids) == sampling.max_tokens:
+                self.ending = "length"
+        self._run = run
+
+    def rollout(self, prompt: Prompt, sample: int) -> Rollout:
+        """The finished response."""
+        assert self.ending is not None
+        versions = np.array(self.versions, np.int32)
+        return Rollout(
+            prompt_index=prompt.index,
+            sample=sample,
+            token_ids=np.array(self.token_ids, np.int32),
+            rollout_logprobs=np.array(self.logprobs, np.float32),
+            ending=self.ending,
+            weight_version=int(versions.min()),
+            expert_ids=self.experts,
+            weight_versions=versions if versions.min() < versions.max() else None,
+        )
+
+
+class SGLangEngine:
+    """An `AsyncEngine` over servers.
+
+    Args:
+        config: where they are and how they are treated.
+        model: the decoder that trains, which the servers have to serve.
+        stop_ids: ids that end a response; the one that was sampled is part of it.
+        temperatures: that responses will be sampled at.
+        positions: longest prompt and response together.
+        weights: folder that versions of the weights are put in.
+        files: folder of tokenizer files that go with them.
+        record_experts: keep the experts that served, `Rollout.expert_ids`; those of held-out prompts are not kept.
+        log: takes the lines meant for a person.
+        keys: of the servers; None takes them from the environment.
+    """
+
+    def __init__(
+        self,
+        config: ServersConfig,
+        model: ModelConfig,
+        *,
+        stop_ids: Sequence[int],
+        temperatures: Sequence[float],
+        positions: int,
+        weights: Path,
+        files: Path | None = None,
+        record_experts: bool = False,
+        log: Callable[[str], None] = print,
+        keys: Keys | None = None,
+    ):
+        self.config, self.model, self.stop_ids = config, model, frozenset(stop_ids)
+        self.weights, self.files, self.record_experts, self.log = weights, files, record_experts, log
+        self.counts: Counter[str] = Counter()
+        self._taken: Counter[str] = Counter()
+        self._versions: dict[str, int] = {}
+        self._sync: dict[str, float] = {}
+        self._speeds: deque[float] = deque(maxlen=256)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._progress = time.monotonic()
+        needs = Needs(
+            model.vocab_size, tuple(sorted(self.stop_ids)), tuple(temperatures), positions,
+            config.repetition_stop == "stream", config.update_mode, record_experts,
+        )  # fmt: skip
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout servers", daemon=True)
+        self._thread.start()
+        self.pool: Pool = self._run(self._open(needs, keys or keys_from_environment())).result()
+
+    def set_weights(self, params: Params, version: int) -> None:
+        """Write the weights, and return when the servers use them.
+
+        Raises:
+            EngineLost: no server does, nor came to do so within `patience_s`.
+            UserError: a server is set up in a way that would bias the importance ratio, or refuses our key.
+        """
+        start = time.perf_counter()
+        label = f"{version:08d}-{new_id()[:8]}"
+        self.weights.mkdir(parents=True, exist_ok=True)
+        published = publish(self.weights, params, self.model, version, label, self.config.weights_dtype, self.files)
+        self._versions[label] = version
+        self._wait([self._run(self._take_up(published))])
+        prune(self.weights)
+        self._sync = {
+            "sync/bytes": published.bytes,
+            "sync/write_seconds": published.seconds,
+            "sync/seconds": time.perf_counter() - start,
+        }
+
+    def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
+        return self._wait(self.submit(prompts, responses, sampling, seed))
+
+    def submit(
+        self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int
+    ) -> list[concurrent.futures.Future[list[Rollout]]]:
+        """Begin to answer; what comes of it while weights change is what `update_mode` says."""
+        for prompt in prompts:  # an id beyond the vocabulary ends a whole server
+            if odd := [i for i in prompt.token_ids if not 0 <= i < self.model.vocab_size]:
+                raise UserError(
+                    f"prompt {prompt.index} of task {prompt.problem.task} has the id {odd[0]}, the model has "
+                    f"{self.model.vocab_size}; config.tokenizer.path is of another model"
+                )
+        return [self._run(self._group(prompt, responses, sampling, seed)) for prompt in prompts]
+
+    def take_metrics(self) -> dict[str, float]:
+        """What happened since the last call, and the last update of weights."""
+        since = Counter(self.counts)
+        since.subtract(self._taken)
+        self._taken = Counter(self.counts)
+        cpu = self._run(_cpu_seconds()).result()
+        metrics: dict[str, float] = {
+            "engine/requests": since["requests"],
+            "engine/faults": sum(since[kind] for kind in FAULT_KINDS),
+            "engine/continued": since["continued"],
+            "engine/servers": len(self.pool.serving),
+            "engine/servers_out": since["servers_out"],
+            "engine/servers_back": since["servers_back"],
+            "engine/restarts": since["restarts"],
+            "engine/updates_failed": since["updates_failed"],
+            "engine/retractions": since["retractions"],
+            "engine/bytes": since["bytes"],
+            "engine/cached_share": since["cached_tokens"] / max(since["prompt_tokens"], 1),
+            "engine/client_cpu": cpu - self._sync.get("cpu", 0.0),
+        }
+        metrics |= {f"engine/fault_{kind}": since[kind] for kind in FAULT_KINDS if since[kind]}
+        metrics |= {k: v for k, v in self._sync.items() if k != "cpu"}
+        self._sync = {"cpu": cpu}
+        return metrics
+
+    def close(self) -> None:
+        """Leave the servers, which go on serving what they have."""
+        if self._loop.is_closed():
+            return
+        self._run(self._close()).result(timeout=30)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=30)
+        self._loop.close()
+
+    async def _group(self, prompt: Prompt, responses: int, sampling: Sampling, seed: int) -> list[Rollout]:
+        """All responses to one prompt."""
+        task = asyncio.current_task()
+        assert task is not None
+        if not self._tasks:
+            self._progress = time.monotonic()
+        self._tasks.add(task)
+        answers = [asyncio.create_task(self._respond(prompt, i, sampling, seed)) for i in range(responses)]
+        try:
+            return list(await asyncio.gather(*answers))
+        except asyncio.CancelledError:
+            if self.pool.broken is not None:
+                raise self.pool.broken from None
+            raise
+        finally:
+            for answer in answers:
+                answer.cancel()
+            self.pool.forget(prompt.index)
+            self._tasks.discard(task)
+
+    async def _respond(self, prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> Rollout:
+        """One response, asked for until it has ended."""
+        response, failures = Response(sampling, self.stop_ids), 0
+        noise = zlib.crc32(f"{seed} {prompt.index} {sample}".encode()) >> 1
+        while response.ending is None:
+            before, fault = len(response.token_ids), None
+            async with self.pool.server(prompt.index) as server:
+                self.counts["requests"] += 1
+                try:
+                    await self._continue(server, prompt, response, noise)
+                except Fault as error:
+                    fault = error
+                    if response.ending is None:
+                        self.pool.note(server, fault)
+            if len(response.token_ids) > before:
+                failures = 0
+                self.counts["continued"] += response.ending is None
+                continue
+            failures += 1
+            detail = fault.detail if fault else f"{server.url}: aborted before the first token"
+            if failures >= self.config.attempts:
+                told = f"prompt {prompt.index}: {failures} failures in a row, the last: {detail}"
+                raise UserError(told) if fault and fault.kind == "refused" else EngineLost(told)
+            await asyncio.sleep(random.uniform(0, min(0.05 * 2**failures, 5.0)))
+        return response.rollout(prompt, sample)
+
+    async def _continue(self, server: Server, prompt: Prompt, response: Response, noise: int) -> None:
+        """One request: take what comes of it, the tokens before a failure too.
+
+        Raises:
+            Fault: it failed. What was taken is sound.
+        """
+        current, first = self.pool.current, len(response.token_ids)
+        assert current is not None
+        stream = self.config.repetition_stop == "stream"
+        left = response.sampling.max_tokens - first
+        if not stream and response.sampling.repetition_run:
+            left = min(left, max(self.config.segment_tokens, first // 4))
+        record = self.record_experts and prompt.index < HELDOUT_INDEX
+        body = request(
+            new_id(), [*prompt.token_ids, *response.token_ids], left, response.sampling, sorted(self.stop_ids),
+            stream=stream, stream_interval=self.config.stream_interval, extra_key=current.label,
+            seed=noise if server.deterministic else None, experts=record,
+        )  # fmt: skip
+        headers = {"X-SMG-Routing-Key": str(prompt.index)} if self.config.gateway else None
+        start, seen = time.monotonic(), 0
+        if not stream:
+            answer = await server.whole(body, self._deadline(left), headers)
+            piece = read_piece(answer, body["rid"], 0, left, self.model.vocab_size)
+            self._take(piece, response, first, 0, current.version)
+            self._finish(piece, prompt, response, first, current.version, record)
+            self._speeds.append(max(len(piece.token_ids), 1) / max(time.monotonic() - start, 1e-6))
+            return
+        events = server.events(body, self._deadline(left), self.config.stall_s, headers)
+        try:
+            async for event in events:
+                piece = read_piece(event, body["rid"], seen, left, self.model.vocab_size)
+                goes_on = response.ending is None
+                self._take(piece, response, first, seen, current.version)
+                seen += len(piece.token_ids)
+                if piece.finish is not None:
+                    self._finish(piece, prompt, response, first, current.version, record)
+                    self._speeds.append(max(seen, 1) / max(time.monotonic() - start, 1e-6))
+                    return
+                if goes_on and response.ending is not None:
+                    await server.abort(body["rid"])  # the last event still tells versions and experts
+        finally:
+            await events.aclose()
+        raise Fault("cut", f"{server.url}: a stream that ends without a finish_reason")
+
+    def _take(self, piece: Piece, response: Response, first: int, seen: int, floor: int) -> None:
+        """Append the tokens of a piece under the version that its event names."""
+        if not piece.token_ids:
+            return
+        if not piece.spans:
+            version = self._version(piece.version, floor)
+        else:
+            version = self._version(piece.spans[-1][0], floor)
+        response.take(piece.token_ids, piece.logprobs, version)
+        self._progress = time.monotonic()
+
+    def _finish(self, piece: Piece, prompt: Prompt, response: Response, first: int, floor: int, record: bool) -> None:
+        """What the end of a request tells of all its tokens: versions, experts, counts."""
+        for label, start, end in piece.spans:
+            version = self._version(label, floor)
+            stop = min(first + end, len(response.versions))
+            response.versions[first + start : stop] = [version] * max(stop - first - start, 0)
+        self.counts["prompt_tokens"] += piece.prompt_tokens
+        self.counts["cached_tokens"] += piece.cached_tokens
+        self.counts["retractions"] += piece.retractions
+        if piece.finish == "abort" and response.ending is None:
+            self.counts["aborted"] += not piece.token_ids
+        if piece.finish == "stop" and piece.matched not in self.stop_ids:
+            raise UserError(
+                f"a server ended an answer at id {piece.matched}, which is no stop token of this run; add it to "
+                f"config.tokenizer.stop_tokens, or take it out of eos_token_id in the model folder that is served"
+            )
+        if record:
+            self._record_experts(piece, prompt, response, first)
+
+    def _record_experts(self, piece: Piece, prompt: Prompt, response: Response, first: int) -> None:
+        """Experts of the tokens that this request sampled, and of the prompt where it is the first.
+
+        What a server computed anew after an update is not what the tokens before it were sampled with.
+        """
+        model, prompt_tokens = self.model, len(prompt.token_ids)
+        if piece.routed is None:
+            if not piece.token_ids and piece.finish == "abort":
+                return
+            raise UserError("a server answered without routed_experts; start it with --enable-return-routed-experts")
+        generated = piece.spans[-1][2] if piece.spans else len(piece.token_ids)
+        routed_TLA = read_experts(
+            piece.routed, prompt_tokens + first + max(generated - 1, 0), model.num_layers, model.experts_per_token,
+            model.num_experts,
+        )  # fmt: skip
+        total = prompt_tokens + len(response.token_ids)
+        experts = np.full((total, *routed_TLA.shape[1:]), -1, routed_TLA.dtype)
+        if response.experts is not None:
+            experts[: len(response.experts)] = response.experts
+        sampled_from = piece.spans[-1][1] if piece.spans else 0
+        for start, stop in (
+            (0, prompt_tokens if not first else 0),
+            (max(prompt_tokens + first + sampled_from - 1, 0), len(routed_TLA)),
+        ):
+            stop = min(stop, total)
+            experts[start:stop] = routed_TLA[start:stop]
+        response.experts = experts
+
+    def _version(self, label: str, floor: int) -> int:
+        """The version that a label stands for.
+
+        Raises:
+            Fault: it is none of this run, or older than what the server had when it was asked.
+        """
+        version = self._versions.get(label)
+        if version is None or version < floor:
+            raise Fault("version", f"an answer of weights {label!r}, version {floor} or newer was expected")
+        return version
+
+    def _deadline(self, tokens: int) -> float:
+        """Seconds that a request for so many tokens may take: four times what it takes at the slowest speed seen."""
+        slowest = min(self._speeds, default=self.config.slowest_tokens_per_s)
+        return self.config.stall_s + 4 * tokens / slowest
+
+    async def _open(self, needs: Needs, keys: Keys) -> Pool:
+        self._session = open_session()
+        pool = Pool(self.config, self._session, keys, needs, self.log, self.counts)
+        self._watchers = [asyncio.create_task(pool.watch()), asyncio.create_task(self._watch(pool))]
+        return pool
+
+    async def _take_up(self, published: Published) -> None:
+        await self.pool.publish(published)
+        self._progress = time.monotonic()
+
+    async def _watch(self, pool: Pool) -> None:
+        """End all waiting when no server has given a token for too long, and say why."""
+        while True:
+            await asyncio.sleep(0.2)
+            allowed = self.config.patience_s
+            if self.config.repetition_stop != "stream":
+                allowed += self._deadline(self.config.segment_tokens)  # nothing is seen of a request before its end
+            if self._tasks and time.monotonic() - self._progress > allowed and pool.broken is None:
+                pool.broken = EngineLost(f"no token from any rollout server for {allowed:.0f} s: {pool.causes()}")
+            if pool.broken is not None:
+                for task in list(self._tasks):
+                    task.cancel()
+
+    async def _close(self) -> None:
+        for task in [*self._watchers, *self._tasks]:
+            task.cancel()
+        await asyncio.gather(*self._watchers, *self._tasks, return_exceptions=True)
+        await self.pool.close()
+        await self._session.close()
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def _wait(self, futures: Sequence[concurrent.futures.Future[Any]]) -> list[Any]:
+        """Their results; the first failure, or Ctrl-C, ends them all."""
+        try:
+            pending = set(futures)
+            while pending:  # in short waits, for a signal is seen between two of them
+                done, pending = concurrent.futures.wait(pending, 0.5, concurrent.futures.FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            return [future.result() for future in futures]
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+
+async def _cpu_seconds() -> float:
+    """CPU time of the thread that this runs in."""
+    return time.thread_time()

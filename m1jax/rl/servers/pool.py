@@ -1,0 +1,292 @@
+"""The servers of a run: which one is asked next, which one is out, and how it comes back.
+
+A server is asked while it answers and is known to have the current weights. A failed connection, a missed deadline or
+an answer from other weights puts it out at once, and a task of its own looks at it until it is back: it has to be
+healthy, to have the current weights (a server that was restarted has those that it was started with, and is given ours)
+and to say so. Nothing is asked of it before that, and of no server while weights change.
+
+Requests go to the least loaded server, those of one prompt to the same one, whose prefix cache has the prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+
+from m1jax.errors import EngineLost, UserError
+from m1jax.rl.servers.keys import Keys
+from m1jax.rl.servers.probes import probe_flags, probe_logprobs
+from m1jax.rl.servers.protocol import BUSY, CHECK, Fault
+from m1jax.rl.servers.server import Server
+from m1jax.rl.servers.settings import ServersConfig
+from m1jax.rl.servers.weights import Published, update
+
+HEALTH_S = 30.0
+"""Seconds that a look at a server's health takes at the most; SGLang itself gives up after 20."""
+
+
+class Pool:
+    """Servers, and the weights that they should have. Lives in one event loop.
+
+    Args:
+        needs: what the run wants of a server, see `m1jax.rl.servers.probes`.
+        log: takes a line when a server leaves or comes back.
+        counts: failures and restarts, for the metrics.
+    """
+
+    def __init__(
+        self,
+        config: ServersConfig,
+        session: aiohttp.ClientSession,
+        keys: Keys,
+        needs,
+        log: Callable[[str], None],
+        counts: Counter[str],
+    ):
+        self.config, self.needs, self.log, self.counts = config, needs, log, counts
+        self.servers = [Server(url, session, keys, counts) for url in config.urls]
+        self.front = Server(config.gateway, session, keys, counts) if config.gateway else None
+        self.current: Published | None = None
+        self._sums: dict[str, str] = {}  # of the current weights, by how a server is spread over ranks
+        self._digests: dict[str, int] = {}  # of every label of this run
+        self._sticky: dict[int, Server] = {}
+        self._waiting: deque[tuple[int, asyncio.Future[Server]]] = deque()
+        self._closed = False
+        self._lookers: dict[Server, asyncio.Task[None]] = {}
+        self._probed: set[str] = set()
+        self.broken: Exception | None = None
+
+    @property
+    def serving(self) -> list[Server]:
+        """The servers that may be asked."""
+        return [server for server in self.servers if not server.out]
+
+    def causes(self) -> str:
+        """Why each server is out, or how much it has under way, in one line."""
+        return "; ".join(f"{s.url} {s.out or f'serves, {s.in_flight} requests under way'}" for s in self.servers)
+
+    @asynccontextmanager
+    async def server(self, group: int) -> AsyncIterator[Server]:
+        """A server to ask something of prompt `group`, once there is one with room.
+
+        Raises:
+            EngineLost: there was none for `patience_s`.
+            UserError: a server turned out to be set up wrongly.
+        """
+        place: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+        self._waiting.append((group, place))
+        self._deal()
+        try:
+            server = await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                self._leave(place.result())
+            raise
+        try:
+            yield server
+        finally:
+            self._leave(server)
+
+    def note(self, server: Server, fault: Fault) -> None:
+        """Draw the conclusions of a failed request."""
+        self.counts[fault.kind] += 1
+        if server is self.front:
+            for each in self.serving if fault.kind in CHECK else ():
+                self.put_out(each, fault)
+        elif fault.kind in CHECK:
+            self.put_out(server, fault)
+        elif fault.kind in BUSY:
+            server.rest_until = asyncio.get_running_loop().time() + random.uniform(0.1, 1.0)
+
+    def put_out(self, server: Server, fault: Fault) -> None:
+        """Ask nothing more of a server until it has been looked at."""
+        if server.out:
+            return
+        server.out = fault.detail.removeprefix(f"{server.url}: ")
+        self.counts["servers_out"] += 1
+        if server not in self._lookers or self._lookers[server].done():
+            self._lookers[server] = asyncio.create_task(self._bring_back(server, fault.kind))
+        self._deal()
+
+    async def publish(self, published: Published) -> None:
+        """Make all servers use these weights; those that cannot are out. While it lasts nothing is asked.
+
+        Raises:
+            EngineLost: none could, nor came back within `patience_s`.
+        """
+        self._closed, before = True, self.current
+        self.current, self._sums = published, {}
+        self._digests[published.label] = published.digest
+        serving = self.serving if before is not None else []
+        try:
+            await asyncio.gather(*(self._update(server, self.config.update_mode) for server in serving))
+        finally:
+            self._closed = False
+            self._deal()
+        for server in self.servers:
+            if server.out and (server not in self._lookers or self._lookers[server].done()):
+                self._lookers[server] = asyncio.create_task(self._bring_back(server, "new"))
+        await self._some()
+        if before is None:  # at a start all are wanted, yet not for ever
+            await self._all_or_a_moment()
+
+    async def close(self) -> None:
+        """End the tasks that look at servers."""
+        for task in self._lookers.values():
+            task.cancel()
+        await asyncio.gather(*self._lookers.values(), return_exceptions=True)
+
+    def forget(self, group: int) -> None:
+        """All of prompt `group` is answered."""
+        self._sticky.pop(group, None)
+
+    def _leave(self, server: Server) -> None:
+        server.in_flight -= 1
+        self._deal()
+
+    def _deal(self) -> None:
+        """Give places to those who wait, first come, first served, as long as there are any."""
+        while self._waiting and self.broken is None:
+            group, place = self._waiting[0]
+            if not place.done():
+                server = self._choose(group)
+                if server is None:
+                    return
+                server.in_flight += 1
+                place.set_result(server)
+            self._waiting.popleft()
+
+    def _choose(self, group: int) -> Server | None:
+        """The server for a request of prompt `group`; None while none has room."""
+        now = asyncio.get_running_loop().time()
+        ready = [] if self._closed else [s for s in self.serving if s.rest_until <= now]
+        if self.front is not None:
+            return self.front if ready and self.front.in_flight < self.config.in_flight * len(ready) else None
+        ready = [s for s in ready if s.in_flight < self.config.in_flight]
+        if not ready:
+            return None
+        least = min(ready, key=lambda s: s.in_flight)
+        favourite = self._sticky.get(group, least)
+        # Its cache is worth a queue that is a little longer, not one that is much longer.
+        if favourite not in ready or favourite.in_flight > 2 * least.in_flight + 8:
+            favourite = least
+        self._sticky[group] = favourite
+        return favourite
+
+    async def watch(self) -> None:
+        """See to it, for as long as the pool lives, that nobody waits for ever."""
+        loop = asyncio.get_running_loop()
+        alive = loop.time()
+        while True:
+            await asyncio.sleep(0.1)
+            self._deal()  # servers that were left alone may be asked again
+            if self.serving or self._closed or self.current is None:
+                alive = loop.time()
+            if self.broken is None and loop.time() - alive > self.config.patience_s:
+                self.broken = EngineLost(f"no rollout server for {self.config.patience_s:.0f} s: {self.causes()}")
+            if self.broken is not None:
+                while self._waiting:
+                    _, place = self._waiting.popleft()
+                    if not place.done():
+                        place.set_exception(self.broken)
+
+    async def _some(self) -> None:
+        """Wait until a server has the current weights."""
+        while not self.serving:
+            if self.broken is not None:
+                raise self.broken
+            await asyncio.sleep(0.02)
+
+    async def _all_or_a_moment(self, seconds: float = 60.0) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + min(seconds, self.config.patience_s)
+        while len(self.serving) < len(self.servers) and loop.time() < deadline:
+            if self.broken is not None:
+                raise self.broken
+            await asyncio.sleep(0.1)
+        for server in self.servers:
+            if server.out:
+                self.log(f"warning: goes on without {server.url}: {server.out}")
+
+    async def _update(self, server: Server, mode: str) -> None:
+        """Update one server; where that fails it is out."""
+        try:
+            await self._give_weights(server, mode)
+        except Fault as fault:
+            self.counts["updates_failed"] += 1
+            self.log(f"warning: {server.url} is out, its update failed: {fault.detail}")
+            self.put_out(server, fault)
+
+    async def _give_weights(self, server: Server, mode: str) -> None:
+        published = self.current
+        assert published is not None
+        there = str(published.folder.absolute())
+        if self.config.weights_folder_there:
+            there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.name}"
+        sums = await update(server, published, there, mode, self.config.update_s, self._digests.get(server.label))
+        if sums is not None and published is self.current:
+            layout, hashes = sums
+            if self._sums.setdefault(layout, hashes) != hashes:
+                raise Fault("version", f"{server.url}: its checksums are not those of the other servers")
+
+    async def _bring_back(self, server: Server, kind: str) -> None:
+        """Look at a server until it may be asked again."""
+        try:
+            wait_s = 0.0
+            while True:
+                await asyncio.sleep(wait_s)
+                wait_s = min(max(2 * wait_s, 0.25), 5.0) * random.uniform(0.8, 1.2)
+                if self.current is None:
+                    continue
+                try:
+                    if kind in ("timeout", "error", "new") or wait_s > 0.5:
+                        await server.call("/health", timeout_s=HEALTH_S)
+                    if await self._has_current(server):
+                        break
+                except Fault as fault:
+                    server.out = fault.detail.removeprefix(f"{server.url}: ")
+            server.out = ""
+            self.counts["servers_back"] += 1
+            if server.url not in self._probed:
+                self._probed.add(server.url)
+                self.log(f"{server.url}: serves {self.current.label}")
+            self._deal()
+        except Exception as error:  # a UserError, or a bug of ours: whoever waits for the server gets it
+            self.broken = error
+            self._deal()
+
+    async def _has_current(self, server: Server) -> bool:
+        """Whether a server has the current weights by now; it is given them where it has not."""
+        wanted = self.current
+        assert wanted is not None
+        info = await server.info()
+        probe_flags(server.url, info, self.needs)
+        server.deterministic = bool(info.get("enable_deterministic_inference"))
+        if info.get("weight_version") != wanted.label:
+            if server.label:
+                self.counts["restarts"] += 1
+                self.log(
+                    f"{server.url}: came back with weights {info.get('weight_version')!r}; it is given {wanted.label}"
+                )
+            server.label = str(info.get("weight_version"))
+            await self._give_weights(server, "abort")
+        if server.url not in self._probed:
+            try:
+                await probe_logprobs(server, self.needs, self.log)
+            except Fault as fault:
+                if fault.kind == "refused":
+                    raise UserError(f"{server.url}: {fault.detail}") from fault
+                raise
+        server.label = wanted.label
+        return wanted is self.current
+
+
+def folder_of_weights(config: ServersConfig, run: Path) -> Path:
+    """Where a run puts weights."""
+    return Path(config.weights_folder) if config.weights_folder else run / "weights"

@@ -1,0 +1,135 @@
+"""What is asked of a server before it is trusted: settings that would bias the importance ratio are refused.
+
+The trainer takes a server's log-probabilities for those of the full softmax at the sampling temperature, as the local
+engine's are. Flags say some of what can make that false; the rest is tried out on a few tokens. A mistake of set-up is
+a UserError, for no retry mends it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from m1jax.errors import UserError
+from m1jax.rl.servers.protocol import Fault, new_id, read_piece, request
+from m1jax.rl.servers.server import Server
+from m1jax.types import Sampling
+
+PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run wants of a server.
+
+    Attributes:
+        vocab_size: of the model.
+        stop_ids: ids that end a response.
+        temperatures: that answers are sampled at.
+        positions: longest prompt and response together.
+        stream: whether answers are streamed.
+        update_mode: `ServersConfig.update_mode`.
+        experts: whether the experts that serve are asked for.
+    """
+
+    vocab_size: int
+    stop_ids: tuple[int, ...]
+    temperatures: tuple[float, ...]
+    positions: int
+    stream: bool
+    update_mode: str
+    experts: bool
+
+
+def probe_flags(url: str, info: Mapping[str, Any], needs: Needs) -> None:
+    """Refuse a server for what /server_info and /model_info say of it.
+
+    Raises:
+        UserError: the reason, and the flag that mends it.
+    """
+    if "weight_version" not in info:
+        raise UserError(
+            f"{url}: does not name the version of its weights, so that nobody can know which weights an answer is of; "
+            f"it needs an SGLang with /update_weights_from_disk (0.5 or newer)"
+        )
+    if preferred := info.get("preferred_sampling_params"):
+        raise UserError(
+            f"{url}: --preferred-sampling-params {preferred} would act on top of config.sampling; start it without"
+        )
+    context = info.get("context_length")
+    if isinstance(context, int) and 0 < context < needs.positions:
+        raise UserError(
+            f"{url}: --context-length {context} is less than the {needs.positions} tokens of prompt and response; "
+            f"raise it, or lower config.sampling.max_tokens"
+        )
+    if needs.experts and not info.get("enable_return_routed_experts"):
+        raise UserError(
+            f"{url}: config.rollout.router_replay wants the experts that serve; start it with "
+            f"--enable-return-routed-experts, or choose 'off'"
+        )
+    if needs.stream and info.get("incremental_streaming_output") is False:
+        raise UserError(
+            f"{url}: streams all earlier tokens again with every event, quadratic bytes in the length; start it with "
+            f"--incremental-streaming-output, or set config.servers.repetition_stop to 'segments'"
+        )
+
+
+async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None]) -> None:
+    """Refuse a server for what its answers show: log-probabilities of another distribution, spans that are missing.
+
+    Raises:
+        UserError: the reason, and what mends it.
+        Fault: it did not answer.
+    """
+    prompt = [i % needs.vocab_size for i in range(2, 2 + PROBE_TOKENS) if i not in needs.stop_ids]
+    for temperature in sorted({1.0, *needs.temperatures} - {0.0}):
+        body = request(new_id(), prompt, PROBE_TOKENS, Sampling(PROBE_TOKENS, temperature=temperature), needs.stop_ids)
+        answer = await server.whole(body, 120.0)
+        piece = read_piece(answer, body["rid"], 0, PROBE_TOKENS, needs.vocab_size)
+        if not piece.spans and needs.update_mode != "abort":
+            raise UserError(
+                f"{server.url}: does not tell which weights each token is of (weight_versions); set "
+                f"config.servers.update_mode to 'abort', with which no request sees two versions"
+            )
+        at_one = np.array(await _rescored(server, prompt, piece.token_ids))
+        gap = np.abs(at_one - np.array(piece.logprobs)).max()
+        if temperature == 1.0 and gap > 0.1:
+            log(
+                f"warning: {server.url}: its log-probabilities of the same tokens differ by {gap:.3f} between decoding "
+                f"and prefill; low precision, or state that is lost"
+            )
+        if temperature != 1.0 and gap < 1e-4 and np.abs(at_one).max() > 0.1:
+            raise UserError(
+                f"{server.url}: sampling at temperature {temperature:g} it returns log-probabilities at temperature 1, "
+                f"which biases every ratio; start it without SGLANG_RETURN_ORIGINAL_LOGPROB, or set "
+                f"config.sampling.temperature to 1"
+            )
+    if needs.stream:
+        await _probe_stream(server, prompt, needs)
+
+
+async def _rescored(server: Server, prompt: list[int], answer: list[int]) -> list[float]:
+    """Log-probabilities at temperature 1 of an answer, by prefill."""
+    body = request(new_id(), prompt + answer, 1, Sampling(1), ())
+    body |= {"logprob_start_len": 0}
+    meta = (await server.whole(body, 120.0)).get("meta_info", {})
+    triples = meta.get("input_token_logprobs") or []
+    if len(triples) < len(answer) or None in (scored := [t[0] for t in triples[-len(answer) :]]):
+        raise Fault("logprobs", f"{server.url}: no log-probabilities of a prompt")
+    return scored
+
+
+async def _probe_stream(server: Server, prompt: list[int], needs: Needs) -> None:
+    """An older server has no flag to tell how it streams; a stream tells."""
+    body = request(new_id(), prompt, 4, Sampling(4), needs.stop_ids, stream=True)
+    seen = 0
+    async for event in server.events(body, 120.0, 60.0):
+        ids = event.get("output_ids") if isinstance(event, dict) else None
+        if ids and seen and len(ids) > seen:
+            needs = dataclasses.replace(needs, stream=True)
+            probe_flags(server.url, {"weight_version": "", "incremental_streaming_output": False}, needs)
+        seen += len(ids or ())

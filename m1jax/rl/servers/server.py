@@ -1,0 +1,156 @@
+"""One SGLang server over HTTP: answers, and the control of its weights. Every failure comes out as a `Fault`.
+
+Which server to ask, when to ask again and what an answer means is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import aiohttp
+
+from m1jax.errors import UserError
+from m1jax.rl.servers.keys import ADMIN_KEY, API_KEY, Keys
+from m1jax.rl.servers.protocol import Events, Fault, read_json, read_status
+
+CALL_S = 30.0
+"""Seconds for a call that only asks or tells."""
+
+
+def open_session() -> aiohttp.ClientSession:
+    """Connections for all servers of a run.
+
+    SGLang closes a connection that was idle for 5 seconds; one that is let go before cannot be closed under a request.
+    """
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0)
+    return aiohttp.ClientSession(connector=connector, trust_env=False)
+
+
+class Server:
+    """A server, and what the pool knows of it.
+
+    Attributes:
+        url: its base.
+        in_flight: requests under way.
+        out: why it is not asked; "" while it is.
+        rest_until: time of the event loop before which it is not asked.
+        label: version of the weights that it is known to have.
+        deterministic: whether it makes the noise of a token from a seed.
+        has_checker: whether it has /weights_checker; None before that is known.
+        counts: bytes received, by all its answers.
+    """
+
+    def __init__(self, url: str, session: aiohttp.ClientSession, keys: Keys, counts: Counter[str]):
+        self.url, self._session, self._keys, self.counts = url, session, keys, counts
+        self.in_flight, self.out, self.rest_until, self.label = 0, "not looked at yet", 0.0, ""
+        self.deterministic = False
+        self.has_checker: bool | None = None
+
+    async def whole(self, body: dict[str, Any], timeout_s: float, headers: dict[str, str] | None = None) -> Any:
+        """The answer to a /generate that does not stream, decoded."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        with _faults(self.url, timeout_s):
+            async with self._post("/generate", body, timeout, False, headers) as response:
+                raw = await response.read()
+                self.counts["bytes"] += len(raw)
+                self._read_status(response.status, raw)
+        return read_json(raw)
+
+    async def events(
+        self, body: dict[str, Any], timeout_s: float, stall_s: float, headers: dict[str, str] | None = None
+    ) -> AsyncGenerator[Any, None]:
+        """The events of a /generate that streams, decoded; leaving early closes the connection, which aborts it."""
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_read=stall_s)
+        with _faults(self.url, stall_s):
+            async with self._post("/generate", body, timeout, False, headers) as response:
+                if response.status != 200:
+                    self._read_status(response.status, await response.read())
+                events = Events()
+                async for chunk in response.content.iter_any():
+                    self.counts["bytes"] += len(chunk)
+                    for event in events.feed(chunk):
+                        if event != b"[DONE]":
+                            yield read_json(event)
+
+    async def abort(self, rid: str) -> None:
+        """End a request whose answer nobody waits for; that it may be over already is no matter."""
+        try:
+            await self.call("/abort_request", {"rid": rid})
+        except Fault:
+            self.counts["aborts_lost"] += 1
+
+    async def call(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = CALL_S) -> Any:
+        """A control endpoint: POST with a body, GET without; decoded JSON, or None where the answer is no JSON.
+
+        Raises:
+            Fault: "refused" with the status and message where the server says no.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        with _faults(self.url, timeout_s):
+            if body is None:
+                request = self._session.get(self.url + path, timeout=timeout, headers=self._keys.headers(True))
+            else:
+                request = self._post(path, body, timeout, True, None)
+            async with request as response:
+                raw = await response.read()
+                self._read_status(response.status, raw, path)
+        try:
+            return json.loads(raw)
+        except ValueError:
+            return None
+
+    async def info(self) -> dict[str, Any]:
+        """/server_info and /model_info in one, by their old names too."""
+        found: dict[str, Any] = {}
+        for path in ("/server_info", "/model_info"):
+            try:
+                answer = await self.call(path)
+            except Fault as fault:
+                if fault.kind != "refused":
+                    raise
+                answer = await self.call(path.replace("/", "/get_"))
+            found |= answer if isinstance(answer, dict) else {}
+        return found
+
+    async def checksums(self) -> tuple[str, str] | None:
+        """(how it is spread over ranks, hash of every parameter on each) by /weights_checker; None without one."""
+        if self.has_checker is False:
+            return None
+        try:
+            answer = await self.call("/weights_checker", {"action": "checksum"}, timeout_s=300.0)
+        except Fault as fault:
+            if fault.kind != "refused":
+                raise
+            self.has_checker = False
+            return None
+        self.has_checker = True
+        ranks = answer.get("ranks") or [] if isinstance(answer, dict) else []
+        layout, sums = ([rank.get(key) for rank in ranks] for key in ("parallelism_info", "checksums"))
+        return json.dumps(layout, sort_keys=True), json.dumps(sums, sort_keys=True)
+
+    def _post(self, path, body, timeout, control, headers) -> Any:
+        headers = self._keys.headers(control) | {"Content-Type": "application/json"} | (headers or {})
+        return self._session.post(self.url + path, data=json.dumps(body), timeout=timeout, headers=headers)
+
+    def _read_status(self, status: int, raw: bytes, path: str = "/generate") -> None:
+        if status in (401, 403):
+            key = API_KEY if path == "/generate" else f"{ADMIN_KEY} (or {API_KEY}, where it has but one key)"
+            raise UserError(f"{self.url}{path}: the server refuses our key; set {key} to the server's")
+        read_status(status, raw)
+
+
+@contextmanager
+def _faults(url: str, seconds: float) -> Iterator[None]:
+    """The client library's errors as faults."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise Fault("timeout", f"{url}: nothing for {seconds:.0f} s") from error
+    except aiohttp.ClientPayloadError as error:
+        raise Fault("cut", f"{url}: the answer stopped short") from error
+    except (aiohttp.ClientError, OSError) as error:
+        raise Fault("unreachable", f"{url}: {type(error).__name__} {error}".strip()[:200]) from error

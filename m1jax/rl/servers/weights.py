@@ -1,0 +1,183 @@
+"""Weights for rollout servers: parameters to a folder that they read, and the update of one server.
+
+    weights/00000012-3f9a1c/     config.json, safetensors and tokenizer files under the names that Hugging Face uses
+            00000011-3f9a1c/     the two before it stay: a server may be reading, and a run may want to look back
+
+A folder appears under its name when all of it is on disk. Its name is the label of the weights: the step, and some
+digits drawn by the run, so that no server passes for ours that has another run's step 12, or comes up with what it was
+started with. Whether an update landed is not taken from its answer alone: the server has to name the label, and its
+checksums have to have changed if, and only if, the tensors did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from m1jax.model.config import ModelConfig
+from m1jax.rl.servers.protocol import Fault
+from m1jax.rl.servers.server import Server
+from m1jax.types import Params
+from m1jax.weights.hf_config import to_hf
+from m1jax.weights.hf_folder import hf_bytes, with_dtype, write_hf
+from m1jax.weights.hf_names import HFTensor, hf_tensors, tensor_dtype
+
+KEPT = 3
+"""Folders that stay: the current one and two before it."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights on disk.
+
+    Attributes:
+        version, label, folder: which, under what name, where.
+        digest: CRC-32 over the tensors as stored; equal digests are taken for equal weights.
+        bytes, seconds: what writing them took.
+    """
+
+    version: int
+    label: str
+    folder: Path
+    digest: int
+    bytes: int
+    seconds: float
+
+
+def publish(
+    root: Path,
+    params: Params,
+    config: ModelConfig,
+    version: int,
+    label: str,
+    dtype: str = "",
+    files: Path | None = None,
+) -> Published:
+    """Write `params` as `root/label`, whole or not at all.
+
+    Args:
+        params: of `config`, on whatever devices; one leaf at a time comes to the host.
+        dtype: of the tensors there, router gates at least float32; "" is that of the parameters.
+        files: folder of tokenizer files that go along.
+    """
+    start = time.perf_counter()
+    config = with_dtype(config, dtype or config.param_dtype)
+    staging = root / f".{label}.writing"
+    shutil.rmtree(staging, ignore_errors=True)
+    reader = _Reader(params, config.param_dtype)
+    write_hf(staging, config, to_hf(config), reader.read)
+    if files is not None and files.is_dir():
+        for file in files.iterdir():
+            if file.is_file() and not (staging / file.name).exists():
+                shutil.copyfile(file, staging / file.name)
+    for file in staging.iterdir():
+        _sync(file)
+    staging.rename(root / label)
+    _sync(root)
+    size = hf_bytes(hf_tensors(config), config.param_dtype)
+    return Published(version, label, root / label, reader.digest, size, time.perf_counter() - start)
+
+
+def prune(root: Path, keep: int = KEPT) -> None:
+    """Delete all but the newest `keep` versions, and what a killed run left half written."""
+    for folder in root.glob(".*.writing"):
+        shutil.rmtree(folder, ignore_errors=True)
+    folders = [f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")]
+    for folder in sorted(folders, key=lambda f: (f.stat().st_mtime_ns, f.name))[:-keep]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+async def update(
+    server: Server, published: Published, folder_there: str, mode: str, timeout_s: float, digest_before: int | None
+) -> tuple[str, str] | None:
+    """Make a server use published weights; its `checksums` after that.
+
+    Args:
+        server: one that answers; what it has under way is dealt with by `mode`.
+        folder_there: the folder as the server sees it.
+        mode: of the pause; `ServersConfig.update_mode`.
+        timeout_s: for reading the weights.
+        digest_before: `Published.digest` of what it has now, None where that is not known.
+
+    Raises:
+        Fault: it did not, for the reason given; it must not be asked before it has been updated.
+    """
+    before = await server.checksums()
+    try:
+        await server.call("/pause_generation", {"mode": mode})
+        if mode == "abort":
+            await _idle(server)
+        await _load(server, published, folder_there, flush=mode != "in_place", timeout_s=timeout_s)
+        label = (await server.info()).get("weight_version")
+        if label != published.label:
+            raise Fault("version", f"{server.url}: says {label!r} after an update to {published.label!r}")
+        after = await server.checksums()
+        if digest_before is not None and None not in (before, after):
+            changed = digest_before != published.digest
+            if (before != after) != changed:
+                says = "the same" if changed else "others"
+                raise Fault("version", f"{server.url}: its checksums are {says} after an update to {published.label}")
+        server.label = published.label
+        return after
+    finally:
+        await server.call("/continue_generation", {})
+
+
+async def _load(server: Server, published: Published, folder_there: str, flush: bool, timeout_s: float) -> None:
+    """/update_weights_from_disk; a server that still has something running while it flushes is given a moment."""
+    body = {
+        "model_path": folder_there,
+        "weight_version": published.label,
+        "flush_cache": flush,
+        "abort_all_requests": False,
+    }
+    for wait_s in (0.2, 0.5, 1.0, 2.0, None):
+        try:
+            answer = await server.call("/update_weights_from_disk", body, timeout_s=timeout_s)
+            if not (isinstance(answer, dict) and answer.get("success")):
+                raise Fault("refused", str(answer)[:200])
+            return
+        except Fault as fault:
+            if fault.kind != "refused" or wait_s is None or "flush" not in fault.detail.lower():
+                raise
+        await asyncio.sleep(wait_s)
+
+
+async def _idle(server: Server) -> None:
+    """Wait, for ten seconds at the most, until the answers that were cut off have come back."""
+    for _ in range(200):
+        if not server.in_flight:
+            return
+        await asyncio.sleep(0.05)
+
+
+class _Reader:
+    """Tensors of parameters in memory under their original names; the leaf that was read last stays on the host."""
+
+    def __init__(self, params: Params, dtype: str):
+        self._params, self._dtype, self._leaf, self._host, self.digest = params, dtype, (), np.zeros(0), 0
+
+    def read(self, tensor: HFTensor) -> np.ndarray:
+        if tensor.leaf != self._leaf:
+            node = self._params
+            for name in tensor.leaf:
+                node = node[name]
+            self._leaf, self._host = tensor.leaf, np.asarray(node)
+        array = tensor.to_theirs(self._host[tensor.index]).astype(tensor_dtype(tensor, self._dtype), copy=False)
+        self.digest = zlib.crc32(array.reshape(-1).view(np.uint8).data, self.digest)
+        return array
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
