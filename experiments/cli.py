@@ -3,9 +3,9 @@
     python -m experiments.train_rl --config=configs/rl_tiny_cpu.py[:smoke] --workdir=DIR [--init_from=CHECKPOINT]
                                    [--config.loss=dapo] [--config.loss.weight_cap=5] [--config.name=VALUE ...]
 
-    exit code  0   done                                 75   SIGTERM: saved, a scheduler may start it again
-               1   a number was not finite              130  Ctrl-C: saved
-               2   a mistake of the user's: one line on stderr
+    exit code  0   done                                 75   SIGTERM, or no rollout server is left: saved, a scheduler
+               1   a number was not finite                   may start it again
+               2   a mistake of the user's, in one line 130  Ctrl-C: saved
 
 A config file is Python with `get_config([argument])` that returns an `ml_collections.ConfigDict` of plain values.
 Overrides are laid over it here, as literals; whether a key exists and what type it has is judged in one place for
@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from m1jax.config import build
-from m1jax.errors import NonFinite, UserError
+from m1jax.errors import EngineLost, NonFinite, UserError
 from m1jax.model.config import ModelConfig
 from m1jax.train.interrupt import Interrupted
 
@@ -92,7 +92,10 @@ def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH,
         body()
         return 0
     except Interrupted as stop:
-        return _say(f"stopped and saved; resume with: {resume}", stop.exit_code)
+        said = f"{stop.reason}; saved" if stop.reason else "stopped and saved"
+        return _say(f"{said}; resume with: {resume}", stop.exit_code)
+    except EngineLost as lost:  # at a start, where there is nothing to save yet
+        return _say(f"{lost}; start again with: {resume}", 75)
     except KeyboardInterrupt:
         return _say("stopped" + f" at once; resume from the last checkpoint with: {resume}" * bool(resume), 130)
     except UserError as error:

@@ -85,7 +85,7 @@ def test_summary_has_the_table_before_and_after(taught):
     assert table["before"]["mean"] == taught.metrics[0]["heldout/sums/mean"] > 0
     assert table["after"]["mean"] == taught.metrics[3]["heldout/sums/mean"]
     seconds = taught.summary["seconds"]
-    assert {"compile", "prompts", "rollout", "reward", "batch", "update", "sync", "evaluate", "save"} <= set(seconds)
+    assert {"compile", "rollout", "reward", "batch", "update", "sync", "evaluate", "save"} <= set(seconds)
     assert taught.summary["updates"] == 6 and taught.summary["final"]["reward/mean"] == taught.metrics[3]["reward/mean"]
 
 

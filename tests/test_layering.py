@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 OURS = ("m1jax", "configs", "experiments", "launch", "tests")
 
 STAGES = (
-    "prompts", "engine_local", "recorded", "shaping", "collect", "stream", "advantage", "batch", "loss", "diagnostics",
+    "prompts", "engine_local", "engine_sglang", "servers", "ahead", "recorded", "shaping", "collect", "stream", "advantage", "batch", "loss", "diagnostics",
     "update", "evaluate", "monitors", "run", "loop",
 )  # fmt: skip
 
@@ -35,6 +35,16 @@ ARROWS = {
     "m1jax/rl/evaluate.py": ("jax", "m1jax.model", "m1jax.rl"),
     "m1jax/rl/loss.py": ("m1jax.model", "m1jax.data", "m1jax.train", "m1jax.rl"),
     "m1jax/rl/engine_local.py": ("m1jax.rl", "m1jax.train", "m1jax.rewards", "m1jax.data"),
+    "m1jax/rl/engine_sglang.py": (
+        "m1jax.rewards",
+        "m1jax.data",
+        "m1jax.train",
+        *(f"m1jax.rl.{s}" for s in STAGES if s != "servers"),
+    ),
+    "m1jax/rl/servers": ("m1jax.rewards", "m1jax.data", "m1jax.train", *(f"m1jax.rl.{s}" for s in STAGES)),
+    "m1jax/rl/servers/protocol.py": ("jax", "aiohttp", "asyncio", "m1jax.model", "m1jax.rl"),
+    "m1jax/rl/servers/server.py": ("jax", "m1jax.model", "m1jax.weights"),
+    "m1jax/rl/ahead.py": ("jax", "m1jax.model", *(f"m1jax.rl.{s}" for s in STAGES if s != "prompts")),
     "m1jax/rl/stream.py": (
         "m1jax.data",
         "m1jax.rewards",
@@ -99,8 +109,11 @@ def test_the_reader_sees_every_form_of_import():
 
 
 def test_only_experiments_read_the_environment():
-    """A copy of it for a child process is no reading: what is asked for by name would be a hidden setting."""
+    """A copy of it for a child process is no reading: what is asked for by name would be a hidden setting.
+
+    Keys of servers are the exception: a config is printed and saved.
+    """
     asks = re.compile(r"environ\s*(\[|\.get)|getenv")
     found = [str(f.relative_to(ROOT)) for f in sorted((ROOT / "m1jax").rglob("*.py")) if asks.search(f.read_text())]
-    assert found == []
+    assert found == ["m1jax/rl/servers/keys.py"]
     assert asks.search((ROOT / "experiments" / "cli.py").read_text()), "the pattern sees what it should"

@@ -3,7 +3,8 @@
 A group can teach where its verified rewards differ, whatever length and KL add to them. Without dynamic sampling there
 is one round, and other groups leave the batch. With it, further prompts stand in for them until enough groups can
 teach, or until `rollout.max_prompts` were asked: then the updates are made of what there is. Prompts beyond
-the last one that is used are asked again in the next batch, with its weights, so none is lost.
+the last one that is used are asked again in the next batch, with its weights, so none is lost; where batches are
+asked ahead (`m1jax.rl.ahead`) their answers are kept for it instead.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Generation:
         correct_PR: 1 where the verifier gave full credit.
         reference: log-probabilities of the frozen reference by response, or None.
         used: bool [P], the groups that the updates are made of.
-        consumed: prompts that the next batch does not ask again.
+        again: indices of the prompts that the next batch asks again.
         metrics: of the reward stage and of the sampling.
     """
 
@@ -37,12 +38,12 @@ class Generation:
     correct_PR: np.ndarray
     reference: list[list[np.ndarray]] | None
     used: np.ndarray
-    consumed: int
+    again: list[int]
     metrics: dict[str, float]
 
 
 def collect(run: Run) -> Generation:
-    """Ask prompts from `run.cursor` on until the batch is full."""
+    """Ask prompts until the batch is full."""
     rollout = run.config.rollout
     per_call = max(rollout.engine_rows // rollout.responses, 1)  # the engine fills a call up with dummies
     limit = rollout.max_prompts if rollout.dynamic_sampling else rollout.prompts
@@ -51,7 +52,7 @@ def collect(run: Run) -> Generation:
     while len(alive) < limit and alive.sum() < rollout.prompts:
         missing = rollout.prompts - int(alive.sum())
         count = min(-(-missing // per_call) * per_call if rounds else missing, rollout.prompts, limit - len(alive))
-        rounds.append(run.sample(run.cursor + len(alive), count))
+        rounds.append(run.sample(count))
         _, live_PR = group_advantages(rounds[-1].scores.verified_PR)
         alive = np.append(alive, live_PR.any(axis=1))
         if not rollout.dynamic_sampling:
@@ -76,13 +77,15 @@ def collect(run: Run) -> Generation:
             "sampling/acceptance": float(alive.mean()),
             "sampling/groups_short": rollout.prompts - len(chosen),
         }
+    prompts = [p for r in rounds for p in r.prompts]
+    consumed = int(chosen[-1]) + 1 if full else len(alive)
     return Generation(
-        prompts=[p for r in rounds for p in r.prompts],
+        prompts=prompts,
         rollouts=[g for r in rounds for g in r.rollouts],
         rewards_PR=join("rewards_PR"),
         correct_PR=join("correct_PR"),
         reference=None if rounds[0].reference is None else [g for r in rounds for g in r.reference or ()],
         used=np.isin(np.arange(len(alive)), chosen),
-        consumed=int(chosen[-1]) + 1 if full else len(alive),
+        again=[p.index for p in prompts[consumed:]],
         metrics=metrics,
     )

@@ -11,6 +11,7 @@ batch. `rollout_logprobs` are always of the full softmax at the sampling tempera
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -53,12 +54,59 @@ class LocalEngine:
         self.stop_ids, self.record_experts = tuple(stop_ids), record_experts
         self.params: Params = None
         self.version = -1
+        self._kept: Params = None  # the parameters again, which no update writes over
+        self._behind: ThreadPoolExecutor | None = None
         self._sample = jax.jit(partial(self._sample_shards, mesh), static_argnames=("sampling", "responses", "record"))
 
     def set_weights(self, params: Params, version: int) -> None:
-        self.params, self.version = params, version
+        self.params, self.version, self._kept = params, version, None
 
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
+        return self._generate(self.params, self.version, prompts, responses, sampling, seed)
+
+    def submit(
+        self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int
+    ) -> list[Future[list[Rollout]]]:
+        """As `generate`, in a thread, with the weights of now to the end.
+
+        On the devices that the trainer updates on, both take turns: what this buys is old samples to study, and time
+        only where the two leave each other room.
+        """
+        if self._kept is None:
+            self._kept = jax.tree.map(jnp.copy, self.params)
+        if self._behind is None:
+            self._behind = ThreadPoolExecutor(1, thread_name_prefix="local engine")
+        futures: list[Future[list[Rollout]]] = [Future() for _ in prompts]
+        per_call = max(self.rows // responses, 1)
+        for start in range(0, len(prompts), per_call):
+            part = slice(start, start + per_call)
+            asked = self._kept, self.version, prompts[part], responses, sampling, seed
+            self._behind.submit(self._answer, futures[part], *asked)
+        return futures
+
+    def close(self) -> None:
+        """End the thread of `submit`, where there is one."""
+        if self._behind is not None:
+            self._behind.shutdown(cancel_futures=True)
+
+    def _answer(self, futures: list[Future[list[Rollout]]], *asked: Any) -> None:
+        wanted = [future.set_running_or_notify_cancel() for future in futures]
+        if not any(wanted):
+            return
+        try:
+            groups = self._generate(*asked)
+        except BaseException as error:
+            for future, waits in zip(futures, wanted, strict=True):
+                if waits:
+                    future.set_exception(error)
+            return
+        for future, waits, group in zip(futures, wanted, groups, strict=True):
+            if waits:
+                future.set_result(group)
+
+    def _generate(
+        self, params: Params, version: int, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int
+    ) -> list[list[Rollout]]:
         per_call = max(self.rows // responses, 1)
         record = self.record_experts and all(p.index < HELDOUT_INDEX for p in prompts)
         rollouts: list[list[Rollout]] = []
@@ -66,7 +114,7 @@ class LocalEngine:
             chunk = prompts[start : start + per_call]
             arrays = self._pad(chunk, per_call)
             sampled, experts = self._sample(
-                self.params, *arrays, seed, sampling=sampling, responses=responses, record=record
+                params, *arrays, seed, sampling=sampling, responses=responses, record=record
             )
             ids, logprobs, lengths, endings = (
                 np.asarray(x).reshape(per_call, responses, *x.shape[1:]) for x in sampled
@@ -81,7 +129,7 @@ class LocalEngine:
                             token_ids=ids[p, i, : lengths[p, i]].copy(),
                             rollout_logprobs=logprobs[p, i, : lengths[p, i]].copy(),
                             ending=ENDINGS[endings[p, i]],
-                            weight_version=self.version,
+                            weight_version=version,
                             expert_ids=served[p][i],
                         )
                         for i in range(responses)

@@ -39,7 +39,7 @@ from m1jax.rl.servers.probes import Needs
 from m1jax.rl.servers.protocol import Fault, Piece, new_id, read_experts, read_piece, request
 from m1jax.rl.servers.server import Server, open_session
 from m1jax.rl.servers.settings import ServersConfig
-from m1jax.rl.servers.weights import Published, prune, publish
+from m1jax.rl.servers.weights import Published, new_label, prune, publish
 from m1jax.types import HELDOUT_INDEX, Ending, Params, Prompt, Rollout, Sampling
 
 FAULT_KINDS = (
@@ -143,6 +143,7 @@ class SGLangEngine:
         self._sync: dict[str, float] = {}
         self._speeds: deque[float] = deque(maxlen=256)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._aborts: set[asyncio.Task[None]] = set()
         self._progress = time.monotonic()
         needs = Needs(
             model.vocab_size, tuple(sorted(self.stop_ids)), tuple(temperatures), positions,
@@ -161,7 +162,7 @@ class SGLangEngine:
             UserError: a server is set up in a way that would bias the importance ratio, or refuses our key.
         """
         start = time.perf_counter()
-        label = f"{version:08d}-{new_id()[:8]}"
+        label = new_label(version)
         self.weights.mkdir(parents=True, exist_ok=True)
         published = publish(self.weights, params, self.model, version, label, self.config.weights_dtype, self.files)
         self._versions[label] = version
@@ -254,8 +255,7 @@ class SGLangEngine:
                     await self._continue(server, prompt, response, noise)
                 except Fault as error:
                     fault = error
-                    if response.ending is None:
-                        self.pool.note(server, fault)
+                    self.pool.note(server, fault)
             if len(response.token_ids) > before:
                 failures = 0
                 self.counts["continued"] += response.ending is None
@@ -289,30 +289,50 @@ class SGLangEngine:
         headers = {"X-SMG-Routing-Key": str(prompt.index)} if self.config.gateway else None
         start, seen = time.monotonic(), 0
         if not stream:
-            answer = await server.whole(body, self._deadline(left), headers)
+            answer = await self._in_time(server, body, headers, left)
             piece = read_piece(answer, body["rid"], 0, left, self.model.vocab_size)
-            self._take(piece, response, first, 0, current.version)
+            self._take(piece, response, current.version)
             self._finish(piece, prompt, response, first, current.version, record)
-            self._speeds.append(max(len(piece.token_ids), 1) / max(time.monotonic() - start, 1e-6))
+            self._note_speed(len(piece.token_ids), left, start)
             return
-        events = server.events(body, self._deadline(left), self.config.stall_s, headers)
+        events = server.events(body, self.config.stall_s, headers)
         try:
             async for event in events:
                 piece = read_piece(event, body["rid"], seen, left, self.model.vocab_size)
                 goes_on = response.ending is None
-                self._take(piece, response, first, seen, current.version)
+                self._take(piece, response, current.version)
                 seen += len(piece.token_ids)
                 if piece.finish is not None:
                     self._finish(piece, prompt, response, first, current.version, record)
-                    self._speeds.append(max(seen, 1) / max(time.monotonic() - start, 1e-6))
+                    self._note_speed(seen, left, start)
                     return
+                if time.monotonic() - start > self._deadline(left):
+                    raise Fault("timeout", f"{server.url}: {seen} of {left} tokens after {self._deadline(left):.0f} s")
                 if goes_on and response.ending is not None:
                     await server.abort(body["rid"])  # the last event still tells versions and experts
         finally:
             await events.aclose()
         raise Fault("cut", f"{server.url}: a stream that ends without a finish_reason")
 
-    def _take(self, piece: Piece, response: Response, first: int, seen: int, floor: int) -> None:
+    async def _in_time(self, server: Server, body: dict[str, Any], headers: dict[str, str] | None, tokens: int) -> Any:
+        """The answer to a request for so many tokens; its deadline comes nearer as the servers show how quick they are.
+
+        Raises:
+            Fault: it did not come in time.
+        """
+        task, start = asyncio.create_task(server.whole(body, headers)), time.monotonic()
+        try:
+            while not (await asyncio.wait({task}, timeout=0.5))[0]:
+                if time.monotonic() - start > self._deadline(tokens):
+                    raise Fault("timeout", f"{server.url}: no answer in {self._deadline(tokens):.0f} s")
+            return task.result()
+        finally:
+            if not task.done():  # a server does not notice that somebody left who was not reading a stream
+                task.cancel()
+                self._aborts.add(abort := asyncio.create_task(server.abort(body["rid"])))
+                abort.add_done_callback(self._aborts.discard)
+
+    def _take(self, piece: Piece, response: Response, floor: int) -> None:
         """Append the tokens of a piece under the version that its event names."""
         if not piece.token_ids:
             return
@@ -325,16 +345,16 @@ class SGLangEngine:
 
     def _finish(self, piece: Piece, prompt: Prompt, response: Response, first: int, floor: int, record: bool) -> None:
         """What the end of a request tells of all its tokens: versions, experts, counts."""
-        for label, start, end in piece.spans:
+        for label, start, end in (span for span in piece.spans if span[2] > span[1]):
             version = self._version(label, floor)
             stop = min(first + end, len(response.versions))
             response.versions[first + start : stop] = [version] * max(stop - first - start, 0)
         self.counts["prompt_tokens"] += piece.prompt_tokens
         self.counts["cached_tokens"] += piece.cached_tokens
         self.counts["retractions"] += piece.retractions
-        if piece.finish == "abort" and response.ending is None:
-            self.counts["aborted"] += not piece.token_ids
-        if piece.finish == "stop" and piece.matched not in self.stop_ids:
+        if piece.finish == "abort" and not piece.token_ids and self.pool.current_version == floor:
+            self.counts["aborted"] += 1  # and not by an update of ours
+        if piece.finish == "stop" and response.ending is None:  # at an id that `take` did not stop at
             raise UserError(
                 f"a server ended an answer at id {piece.matched}, which is no stop token of this run; add it to "
                 f"config.tokenizer.stop_tokens, or take it out of eos_token_id in the model folder that is served"
@@ -381,6 +401,11 @@ class SGLangEngine:
             raise Fault("version", f"an answer of weights {label!r}, version {floor} or newer was expected")
         return version
 
+    def _note_speed(self, tokens: int, asked: int, start: float) -> None:
+        """Remember how quick a request was; one of a few tokens says more of the queue than of the speed."""
+        if tokens >= min(32, asked / 4):
+            self._speeds.append(tokens / max(time.monotonic() - start, 1e-6))
+
     def _deadline(self, tokens: int) -> float:
         """Seconds that a request for so many tokens may take: four times what it takes at the slowest speed seen."""
         slowest = min(self._speeds, default=self.config.slowest_tokens_per_s)
@@ -413,6 +438,8 @@ class SGLangEngine:
         for task in [*self._watchers, *self._tasks]:
             task.cancel()
         await asyncio.gather(*self._watchers, *self._tasks, return_exceptions=True)
+        if self._aborts:
+            await asyncio.wait(self._aborts, timeout=5.0)
         await self.pool.close()
         await self._session.close()
 

@@ -6,12 +6,13 @@ result.summary["heldout"], result.metrics, result.params
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 
-from m1jax.errors import require_finite
+from m1jax.errors import EngineLost, require_finite
 from m1jax.rl import evaluate as evaluation
 from m1jax.rl.advantage import group_advantages
 from m1jax.rl.batch import make_batch
@@ -43,13 +44,17 @@ def train(
     Raises:
         UserError: something in the config, the data or the folder is the user's to mend.
         NonFinite: the loss or a gradient is NaN or infinite; the last good checkpoint stays.
-        Interrupted: SIGTERM or Ctrl-C, after saving.
+        Interrupted: SIGTERM, Ctrl-C, or no engine answers any more; after saving.
     """
-    with StopSignal() as stop, open_run(config, workdir, params, engine, log) as run:
-        if run.saved < 0:
+    with StopSignal() as stop, open_run(config, workdir, params, engine, log) as run, saved_without_engine(run):
+        if run.step == 0 and run.evaluation_due:
             evaluate(run)
+        if run.unrecorded is not None:
+            finish_step(run, run.unrecorded)
         while run.step < config.steps and not stop.requested:
             generation = collect(run)  # prompts, rollouts, rewards; more prompts with dynamic sampling
+            run.prompts.done(generation.again)
+            run.prompts.ask_ahead(run.step)  # with a staleness above 0 the next ones are answered meanwhile
             with run.clock.stage("batch"):
                 loss, used = config.loss, generation.used
                 advantages_PR, live_PR = group_advantages(generation.rewards_PR, loss.advantage_scale, loss.std, used)
@@ -61,23 +66,45 @@ def train(
             with run.clock.stage("update"):
                 run.state, device_metrics = run.update(run.state, batch)
                 trained = update_metrics(jax.device_get(device_metrics))
-            run.step, run.cursor = run.step + 1, run.cursor + generation.consumed
+            run.step += 1
             require_finite(run.step, "update", trained)
-            with run.clock.stage("sync"):
-                run.engine.set_weights(run.state.params, run.step)
-            if run.step % config.evaluation.every == 0 or run.step == config.steps:
-                evaluate(run)
             rollout = rollout_metrics(
                 generation.prompts, generation.rollouts, generation.rewards_PR, generation.correct_PR
             )
-            run.record(rollout | generation.metrics | trained)
-            if run.step % config.checkpoint.every == 0:
-                run.save()
+            run.unrecorded = rollout | generation.metrics | trained
+            with run.clock.stage("sync"):
+                run.engine.set_weights(run.state.params, run.step)
+            finish_step(run, run.unrecorded)
         run.save()
         if run.step < config.steps:
             raise Interrupted(stop.exit_code)
         run.finish()
     return load_run(workdir)
+
+
+def finish_step(run: Run, metrics: dict[str, float]) -> None:
+    """What comes after the updates: evaluation, record and checkpoint, each where it is due."""
+    if run.evaluation_due:
+        evaluate(run)
+    run.record(metrics)
+    run.unrecorded = None
+    if run.step % run.config.checkpoint.every == 0:
+        run.save()
+
+
+@contextmanager
+def saved_without_engine(run: Run) -> Iterator[None]:
+    """Where the servers are gone, save up to the last update, so that the run can be started again when they are back.
+
+    Raises:
+        Interrupted: with exit code 75 and the cause.
+    """
+    try:
+        yield
+    except EngineLost as lost:
+        if run.step:
+            run.save()
+        raise Interrupted(75, str(lost)) from lost
 
 
 def evaluate(run: Run) -> None:

@@ -1,9 +1,10 @@
-"""Rollouts on disk: an engine that keeps what another one samples, and one that gives it back.
+"""Rollouts on disk: what a run trained on, and an engine that gives it back.
 
-    rollouts/00000003-0000000192.npz     sampled with the weights after step 3, from prompt 192 on
+    rollouts/00000003-0000000192.npz     for the batch that updates the weights after step 3, from prompt 192 on
 
-One file holds one call: its temperature, and for each of N rollouts its prompt's index and ids, sample number, ids,
-log-probabilities and ending, and the experts that served where the engine kept them. A replay needs no sampler: it
+One file holds one round of prompts: its temperature, and for each of N rollouts its prompt's index and ids, sample
+number, ids, log-probabilities, ending and versions of the weights, and the experts that served where the engine kept
+them. A replay needs no sampler: it
 repeats the updates of a run exactly, or tries another loss on the same rollouts (whose ratios stay right, for they are
 taken against the log-probabilities on file).
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from m1jax.errors import UserError
-from m1jax.types import ENDINGS, HELDOUT_INDEX, Engine, Params, Problem, Prompt, Rollout, Sampling
+from m1jax.types import ENDINGS, Params, Problem, Prompt, Rollout, Sampling
 
 ROLLOUTS = "rollouts"
 SAME = "config.tasks, problems, tokenizer, seed, rollout and reward have to be"
@@ -28,24 +29,6 @@ FIELDS = (
     "prompt_index", "prompt_lengths", "prompt_ids", "temperature", "responses", "lengths", "token_ids",
     "rollout_logprobs", "endings", "weight_versions",
 )  # fmt: skip
-
-
-class RecordingEngine:
-    """`engine`, whose training rollouts are kept in `folder`; those of held-out prompts are not."""
-
-    def __init__(self, engine: Engine, folder: Path):
-        self.engine, self.folder, self.version = engine, folder, -1
-
-    def set_weights(self, params: Params, version: int) -> None:
-        self.version = version
-        self.engine.set_weights(params, version)
-
-    def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
-        rollouts = self.engine.generate(prompts, responses, sampling, seed)
-        if prompts[0].index < HELDOUT_INDEX:
-            path = file_name(self.folder, self.version, prompts[0].index)
-            save_rollouts(path, prompts, rollouts, sampling.temperature)
-        return rollouts
 
 
 class ReplayEngine:
@@ -96,14 +79,14 @@ class ReplayEngine:
 
 
 def file_name(folder: Path, version: int, first: int) -> Path:
-    """The file of one call: version of the weights, index of its first prompt."""
+    """The file of one round: version of the weights that are updated with it, index of its first prompt."""
     return folder / f"{version:08d}-{first:010d}.npz"
 
 
 def save_rollouts(
     path: Path, prompts: Sequence[Prompt], rollouts: Sequence[Sequence[Rollout]], temperature: float
 ) -> None:
-    """Write one call's rollouts, whole or not at all."""
+    """Write one round's rollouts, whole or not at all."""
     flat = [r for group in rollouts for r in group]
     arrays = {
         "prompt_index": np.array([p.index for p in prompts], np.int64),
@@ -117,6 +100,13 @@ def save_rollouts(
         "endings": np.array([ENDINGS.index(r.ending) for r in flat], np.int32),
         "weight_versions": np.array([r.weight_version for r in flat], np.int32),
     }
+    if any(r.weight_versions is not None for r in flat):
+        arrays["token_versions"] = np.concatenate(
+            [
+                np.full(len(r.token_ids), r.weight_version) if r.weight_versions is None else r.weight_versions
+                for r in flat
+            ]
+        ).astype(np.int32)
     experts = [r.expert_ids for r in flat if r.expert_ids is not None]
     if len(experts) == len(flat):
         arrays["expert_ids"] = np.concatenate(experts)
@@ -135,7 +125,7 @@ def load_rollouts(path: Path) -> tuple[list[Prompt], list[list[Rollout]], float]
     """
     try:
         with np.load(path) as file:
-            a = {name: file[name] for name in (*FIELDS, *({"expert_ids"} & set(file.files)))}
+            a = {name: file[name] for name in (*FIELDS, *({"expert_ids", "token_versions"} & set(file.files)))}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: damaged ({error}); delete it and record the run again") from error
     ids = np.split(a["prompt_ids"], np.cumsum(a["prompt_lengths"])[:-1])
@@ -147,11 +137,14 @@ def load_rollouts(path: Path) -> tuple[list[Prompt], list[list[Rollout]], float]
     experts: Sequence[np.ndarray | None] = [None] * len(tokens)
     if "expert_ids" in a:
         experts = np.split(a["expert_ids"], np.cumsum(np.repeat(a["prompt_lengths"], responses) + a["lengths"])[:-1])
+    versions: Sequence[np.ndarray | None] = [None] * len(tokens)
+    if "token_versions" in a:
+        versions = [v if (v != v[0]).any() else None for v in np.split(a["token_versions"], cuts)]
     flat = [
         Rollout(
             prompt_index=prompts[n // responses].index, sample=n % responses, token_ids=tokens[n],
             rollout_logprobs=logprobs[n], ending=ENDINGS[a["endings"][n]], weight_version=int(a["weight_versions"][n]),
-            expert_ids=experts[n],
+            expert_ids=experts[n], weight_versions=versions[n],
         )
         for n in range(len(tokens))
     ]  # fmt: skip

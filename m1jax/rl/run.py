@@ -28,11 +28,13 @@ from m1jax.errors import NonFinite, UserError
 from m1jax.model.kernels import check_kernels
 from m1jax.rewards.grader import Grader
 from m1jax.rewards.score import score_responses
+from m1jax.rl.ahead import Ahead
 from m1jax.rl.batch import make_batch, of_responses
 from m1jax.rl.engine_local import LocalEngine
+from m1jax.rl.engine_sglang import SGLangEngine
 from m1jax.rl.evaluate import Answered
 from m1jax.rl.prompts import PromptSource, Tokenize, heldout_prompts
-from m1jax.rl.recorded import ROLLOUTS, RecordingEngine, ReplayEngine
+from m1jax.rl.recorded import ROLLOUTS, ReplayEngine, file_name, save_rollouts
 from m1jax.rl.settings import RewardConfig, RLConfig
 from m1jax.rl.shaping import by_ending, kl_sums, overlong
 from m1jax.rl.update import make_frozen_logprobs, make_update
@@ -44,9 +46,9 @@ from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
 from m1jax.train.optimizer import make_optimizer
 from m1jax.train.pretrained import HUGGINGFACE, init_params
 from m1jax.train.state import TrainState, init_state
-from m1jax.types import Engine, Params, Prompt, Rollout, Task
+from m1jax.types import Engine, MeasuredEngine, Params, Prompt, Rollout, Task
 
-REFERENCE = "reference"
+REFERENCE, WEIGHTS = "reference", "weights"
 SAMPLES = 10
 """Held-out answers that samples.md shows before and after."""
 
@@ -154,11 +156,12 @@ class Scorer:
 
 @dataclass
 class Run:
-    """One RL run while it is open. `state`, `step` and `cursor` change as it goes; all three are saved together.
+    """One RL run while it is open. `state`, `step` and `prompts` change as it goes; all three are saved together.
 
     Attributes:
         step: generation batches done.
-        cursor: global prompt index of the next prompt.
+        prompts: what is asked of the engine, and when.
+        unrecorded: metrics of the last step, where something ended the run between its updates and its record.
         state: parameters, optimizer, PRNG key.
         reference: the frozen reference, rollouts to log-probabilities; None without one.
         saved: step of the newest checkpoint, -1 before the first.
@@ -168,7 +171,7 @@ class Run:
 
     config: RLConfig
     folder: Path
-    source: PromptSource
+    prompts: Ahead
     heldout: list[Prompt]
     scorer: Scorer
     engine: Engine
@@ -180,10 +183,12 @@ class Run:
     state: TrainState
     reference: Callable[[list[Prompt], list[list[Rollout]]], list[list[np.ndarray]]] | None = None
     step: int = 0
-    cursor: int = 0
     saved: int = -1
+    unrecorded: dict[str, float] | None = None
     cpu: float = 0.0
-    outcome: dict[str, Any] = field(default_factory=lambda: {"heldout": {}, "samples": {}, "seconds": {}})
+    outcome: dict[str, Any] = field(
+        default_factory=lambda: {"evaluated": -1, "heldout": {}, "samples": {}, "seconds": {}}
+    )
     pending: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -191,13 +196,20 @@ class Run:
         """Seed of the sampling noise, drawn from the run's own key (which is saved) and the same in every step."""
         return noise_seed(self.state.key)
 
-    def sample(self, first: int, count: int) -> Sampled:
-        """Ask `count` prompts from number `first` on, and judge their responses."""
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the held-out problems are to be answered with the weights of now, and were not yet."""
+        due = self.step % self.config.evaluation.every == 0 or self.step == self.config.steps
+        return due and self.outcome.get("evaluated") != self.step
+
+    def sample(self, count: int) -> Sampled:
+        """Ask the next `count` prompts, and judge their responses."""
         config = self.config
-        with self.clock.stage("prompts"):
-            prompts = self.source.take(first, count)
         with self.clock.stage("rollout"):
-            rollouts = self.engine.generate(prompts, config.rollout.responses, config.sampling, self.noise_seed)
+            prompts, rollouts = self.prompts.take(count, self.step)
+        if config.rollout.save:
+            path = file_name(self.folder / ROLLOUTS, self.step, prompts[0].index)
+            save_rollouts(path, prompts, rollouts, config.sampling.temperature)
         if config.rollout.router_replay != "off":
             check_expert_ids(config, prompts, rollouts)
         reference = None
@@ -221,6 +233,7 @@ class Run:
     def record_heldout(self, answers: Sequence[Answered], table: dict[str, tuple[int, int]]) -> None:
         """Note an evaluation: in the metrics of this step, and as `before` or `after` of the outcome."""
         when = "before" if self.step == 0 else "after"
+        self.outcome["evaluated"] = self.step
         shown = [a for task in table for a in [a for a in answers if a.prompt.problem.task == task][:SAMPLES]]
         self.outcome["samples"][when] = [
             {"index": a.prompt.index, "text": a.text, "correct": bool(a.correct)} for a in shown
@@ -240,7 +253,10 @@ class Run:
         total = self.outcome["seconds"]
         for stage, seconds in lap.items():
             total[stage] = total.get(stage, 0.0) + seconds
-        metrics = metrics | self.pending | {f"time/{stage}": seconds for stage, seconds in lap.items()}
+        metrics = metrics | self.prompts.take_metrics() | self.pending
+        if isinstance(self.engine, MeasuredEngine):
+            metrics |= self.engine.take_metrics()
+        metrics = metrics | {f"time/{stage}": seconds for stage, seconds in lap.items()}
         if tokens := metrics.get("rollout/tokens"):
             metrics["time/tokens_per_second"] = tokens / max(sum(lap.values()) - lap.get("compile", 0.0), 1e-9)
         metrics["time/cpu"], self.cpu = cpu - self.cpu, cpu
@@ -253,7 +269,11 @@ class Run:
         if self.saved == self.step:
             return
         with self.clock.stage("save"):
-            meta = {"step": self.step, "cursor": self.cursor, "outcome": self.outcome, "config": to_dict(self.config)}
+            cursor, carried = self.prompts.position
+            meta = {
+                "step": self.step, "cursor": cursor, "carried": carried, "outcome": self.outcome,
+                "unrecorded": self.unrecorded, "config": to_dict(self.config),
+            }  # fmt: skip
             self.checkpoints.save(self.step, self.state, meta)
         self.saved = self.step
 
@@ -372,6 +392,23 @@ def local_engine(config: RLConfig, questions: Questions, mesh: Mesh) -> LocalEng
     )
 
 
+def server_engine(config: RLConfig, questions: Questions, folder: Path, log: Callable[[str], None]) -> SGLangEngine:
+    """The engine that asks the servers of `config.servers`, as a run uses it."""
+    assert config.servers is not None
+    sampling = config.sampling, config.evaluation.sampling
+    return SGLangEngine(
+        config.servers,
+        config.model,
+        stop_ids=questions.tokenizer.stop_ids,
+        temperatures=[s.temperature for s in sampling],
+        positions=config.problems.max_prompt_tokens + max(s.max_tokens for s in sampling),
+        weights=Path(config.servers.weights_folder or folder / WEIGHTS),
+        files=folder / HUGGINGFACE,
+        record_experts=config.rollout.router_replay != "off",
+        log=log,
+    )
+
+
 def open_reference(
     config: RLConfig, folder: Path, params: Params, mesh: Mesh, log: Callable[[str], None]
 ) -> Callable[[list[Prompt], list[list[Rollout]]], list[list[np.ndarray]]]:
@@ -410,7 +447,7 @@ def open_run(
     check_rows(config.update.micro_batch_rows, "config.update.micro_batch_rows", mesh)
     if engine is not None and config.rollout.replay:
         raise UserError("config.rollout.replay: stands in for an engine, and one was given; leave one of the two out")
-    if engine is None and not config.rollout.replay:
+    if engine is None and not config.rollout.replay and config.servers is None:
         check_rows(config.rollout.engine_rows, "config.rollout.engine_rows", mesh)
         prompts = config.rollout.engine_rows // config.rollout.responses
         check_rows(prompts, "config.rollout.engine_rows / responses", mesh)
@@ -440,24 +477,33 @@ def open_run(
         if config.loss.kl_coefficient:
             reference = open_reference(config, folder, state.params, mesh, log)
         restored = checkpoints.restore_latest(state)
-        step, cursor, outcome = 0, 0, None
+        step, meta = 0, {}
         if restored is not None:
             step, state, meta = restored
-            cursor, outcome = meta["cursor"], meta["outcome"]
             log(f"resumed {folder} after step {step} of {config.steps}")
         first = step if restored is not None else -1
+        recorded = first - (meta.get("unrecorded") is not None)
         sinks = Sinks(
             [
-                JsonlSink(folder / report.METRICS, resume_step=first),
-                TensorBoardSink(folder / "tensorboard", resume_step=first if restored is not None else None),
+                JsonlSink(folder / report.METRICS, resume_step=recorded),
+                TensorBoardSink(folder / "tensorboard", resume_step=recorded if restored is not None else None),
                 ConsoleSink(config.steps, step),
             ]
         )
         stack.callback(sinks.close)
         scorer = stack.enter_context(open_scorer(config, questions))
-        engine = engine or local_engine(config, questions, mesh)
-        if config.rollout.save:
-            engine = RecordingEngine(engine, folder / ROLLOUTS)
+        if engine is None and config.servers is not None:
+            engine = server_engine(config, questions, folder, log)
+            stack.callback(engine.close)
+        elif engine is None:
+            engine = local_engine(config, questions, mesh)
+            stack.callback(engine.close)
+        rollout = config.rollout
+        prompts = Ahead(
+            engine, source, config.sampling, noise_seed(state.key), rollout.prompts, rollout.responses,
+            rollout.staleness, rollout.unfinished, meta.get("cursor", 0), meta.get("carried", ()),
+        )  # fmt: skip
+        stack.callback(prompts.close)
         engine.set_weights(state.params, step)
         update = make_update(
             config.model, config.loss, optimizer, mesh,
@@ -468,10 +514,10 @@ def open_run(
         for line in config.warnings():
             log(f"warning: {line}")
         run = Run(
-            config=config, folder=folder, source=source, heldout=heldout, scorer=scorer, engine=engine,
+            config=config, folder=folder, prompts=prompts, heldout=heldout, scorer=scorer, engine=engine,
             update=update, checkpoints=checkpoints, sinks=sinks, clock=clock, log=log, state=state, step=step,
-            cursor=cursor, saved=first, reference=reference,
+            saved=first, reference=reference, unrecorded=meta.get("unrecorded"),
         )  # fmt: skip
-        if outcome is not None:
-            run.outcome = outcome
+        if "outcome" in meta:
+            run.outcome = {"evaluated": step} | meta["outcome"]
         yield run

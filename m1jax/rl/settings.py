@@ -10,6 +10,7 @@ from m1jax.data.settings import ProblemsConfig, TokenizerConfig
 from m1jax.model.config import KernelConfig, ModelConfig
 from m1jax.rl.batch import BatchShape, UpdateConfig
 from m1jax.rl.loss import LossConfig
+from m1jax.rl.servers.settings import ServersConfig
 from m1jax.rl.shaping import ENDING_POLICIES
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.router import NO_AUXILIARY_LOSS, RouterConfig, check_router
@@ -17,6 +18,7 @@ from m1jax.train.settings import CheckpointConfig
 from m1jax.types import Sampling
 
 ROUTER_REPLAY = ("off", "compare", "use")
+UNFINISHED = ("wait", "next_batch")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class RolloutConfig:
         overfit_one_batch: ask the first `prompts` prompts in every step: the reward has to go to its maximum.
         save: keep all training rollouts in the run folder, `rollouts/`.
         replay: run folder whose saved rollouts stand in for an engine; "" for none. Nothing is evaluated then.
+        staleness: generation batches by which the weights that sampled a token may be older than those that are updated
+            with it. 0 is on policy; above it the next batches are generated while the updates run (`m1jax.rl.ahead`).
+        unfinished: with a staleness above 0, what a batch does about answers that are not finished when it is due:
+            "wait" for them, or leave their groups to the "next_batch".
         router_replay: what becomes of the experts that served in the engine. "off": no record. "compare": they are
             recorded, saved with the rollouts, and compared with the trainer's own choice. "use": besides, they serve in
             the trainer too, weighted by its own logits (R3, arXiv 2510.11370), the trainer's anchor included; the
@@ -48,6 +54,8 @@ class RolloutConfig:
     overfit_one_batch: bool = False
     save: bool = False
     replay: str = ""
+    staleness: int = 0
+    unfinished: str = "wait"
     router_replay: str = "off"
 
     def __post_init__(self):
@@ -68,6 +76,17 @@ class RolloutConfig:
             raise ValueError("overfit_one_batch: dynamic sampling would ask other prompts; choose one of the two")
         if self.router_replay not in ROUTER_REPLAY:
             raise ValueError(f"router_replay: {self.router_replay!r} must be one of {ROUTER_REPLAY}")
+        if self.staleness < 0:
+            raise ValueError(f"staleness: {self.staleness} must be at least 0")
+        if self.staleness and self.replay:
+            raise ValueError(f"staleness: {self.staleness}, and a replay generates nothing; leave one of the two out")
+        if self.unfinished not in UNFINISHED:
+            raise ValueError(f"unfinished: {self.unfinished!r} must be one of {UNFINISHED}")
+        if self.unfinished == "next_batch" and self.staleness < 2:
+            raise ValueError(
+                f"unfinished: 'next_batch' with staleness {self.staleness} leaves no group to the next batch that "
+                f"would not be too old for it; raise staleness to 2 or more, or choose 'wait'"
+            )
         if self.save and self.replay:
             raise ValueError(
                 "save: these rollouts are saved already, in the run that replay names; leave one of them out"
@@ -158,6 +177,7 @@ class RLConfig:
         init_from: run folder or checkpoint folder whose parameters the run starts from; "" starts from random ones.
         kernels: who computes attention and the experts, in the update and in the local engine alike.
         router: what the experts' routers are trained on beside the objective; nothing by default.
+        servers: SGLang servers that sample in place of the local engine; None samples in this process.
     """
 
     seed: int
@@ -177,6 +197,7 @@ class RLConfig:
     init_from: str = ""
     kernels: KernelConfig = KernelConfig()
     router: RouterConfig = NO_AUXILIARY_LOSS
+    servers: ServersConfig | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels))
@@ -199,6 +220,11 @@ class RLConfig:
             raise ValueError(
                 f"reward.on_repetition: {self.reward.on_repetition!r}, and no response is ever cut for repeating "
                 f"itself; set sampling.repetition_run"
+            )
+        if self.servers is not None and self.rollout.replay:
+            raise ValueError(
+                f"servers: {self.servers.urls} would not be asked: rollout.replay is {self.rollout.replay!r}; leave "
+                f"one of the two out"
             )
         check_router(self.router, self.model)
         if self.rollout.router_replay != "off" and not self.model.num_experts:

@@ -20,15 +20,16 @@ _EXIT_CODES = {"SIGTERM": 75, "SIGINT": 130}
 
 
 class Interrupted(Exception):  # a request that was honoured, not an error
-    """The run saved its state because it was asked to stop.
+    """The run saved its state because it was asked to stop, or because something it needs is gone for now.
 
     Attributes:
-        exit_code: 75 (EX_TEMPFAIL: a scheduler starts it again) for SIGTERM, 130 for Ctrl-C.
+        exit_code: 75 (EX_TEMPFAIL: a scheduler starts it again) for SIGTERM and for what is gone, 130 for Ctrl-C.
+        reason: what is gone, in one line; "" where it was asked to stop.
     """
 
-    def __init__(self, exit_code: int):
-        super().__init__(f"interrupted, exit code {exit_code}")
-        self.exit_code = exit_code
+    def __init__(self, exit_code: int, reason: str = ""):
+        super().__init__(reason or f"interrupted, exit code {exit_code}")
+        self.exit_code, self.reason = exit_code, reason
 
 
 class StopSignal:

@@ -18,21 +18,22 @@ def collected(live: str, *, cursor=0, **rollout):
     )
     asked, said = [], []
 
-    def sample(first, count):
-        asked.append((first, count))
+    def sample(count):
+        first = cursor + sum(asked)
+        asked.append(count)
         indices = range(first, first + count)
         rewards = np.array([[1.0, 0.0] if live[i] == "1" else [1.0, 1.0] for i in indices])
         shaped = rewards - [[0.1, 0.3]]  # by a penalty of length, which differs in every group
         scores = Scores(shaped, rewards, rewards, {"reward/format": first})
-        return Sampled(list(indices), [[i, i] for i in indices], scores, None)
+        return Sampled([SimpleNamespace(index=i) for i in indices], [[i, i] for i in indices], scores, None)
 
-    run = SimpleNamespace(config=config, cursor=cursor, step=0, sample=sample, log=said.append)
+    run = SimpleNamespace(config=config, step=0, sample=sample, log=said.append)
     return collect(run), asked, said
 
 
 def test_without_dynamic_sampling_there_is_one_round_and_the_batch_shrinks():
     generation, asked, said = collected("1001")
-    assert asked == [(0, 4)] and generation.consumed == 4 and not said
+    assert asked == [4] and generation.again == [] and not said
     assert generation.used.tolist() == [True, False, False, True]
     assert "sampling/acceptance" not in generation.metrics
     assert generation.metrics["reward/zero_variance_share"] == 0.5
@@ -41,9 +42,9 @@ def test_without_dynamic_sampling_there_is_one_round_and_the_batch_shrinks():
 def test_dead_groups_are_replaced_in_calls_that_the_engine_fills():
     """Three groups are missing, then one; a call of the engine takes two prompts, so four and two are asked."""
     generation, asked, said = collected("1000" + "1100" + "01", dynamic_sampling=True, max_prompts=16)
-    assert asked == [(0, 4), (4, 4), (8, 2)] and not said
+    assert asked == [4, 4, 2] and not said
     assert np.flatnonzero(generation.used).tolist() == [0, 4, 5, 9]
-    assert generation.prompts == list(range(10)) and generation.consumed == 10
+    assert [p.index for p in generation.prompts] == list(range(10)) and generation.again == []
     assert generation.metrics["sampling/acceptance"] == 0.4 and generation.metrics["sampling/prompts_asked"] == 10
     assert generation.metrics["sampling/groups_short"] == 0
     assert generation.metrics["reward/format"] == pytest.approx((0 * 4 + 4 * 4 + 8 * 2) / 10)  # by prompts
@@ -51,15 +52,15 @@ def test_dead_groups_are_replaced_in_calls_that_the_engine_fills():
 
 def test_prompts_beyond_the_last_used_one_are_asked_again():
     generation, asked, _ = collected("0000" + "1111" + "11", cursor=2, dynamic_sampling=True, max_prompts=16)
-    assert asked == [(2, 4), (6, 2), (8, 2)][: len(asked)]
-    assert np.flatnonzero(generation.used).tolist() == [2, 3, 4, 5] and generation.consumed == 6
+    assert asked == [4, 2]
+    assert np.flatnonzero(generation.used).tolist() == [2, 3, 4, 5] and generation.again == []
     generation, _, _ = collected("1110" + "11", dynamic_sampling=True, max_prompts=16)
-    assert np.flatnonzero(generation.used).tolist() == [0, 1, 2, 4] and generation.consumed == 5
+    assert np.flatnonzero(generation.used).tolist() == [0, 1, 2, 4] and generation.again == [5]
 
 
 def test_at_the_bound_the_batch_is_what_there_is_and_the_run_says_so():
     generation, asked, said = collected("0" * 20, dynamic_sampling=True, max_prompts=10)
-    assert asked == [(0, 4), (4, 4), (8, 2)] and generation.consumed == 10 and not generation.used.any()
+    assert asked == [4, 4, 2] and generation.again == [] and not generation.used.any()
     assert generation.metrics["sampling/groups_short"] == 4 and generation.metrics["sampling/acceptance"] == 0
     assert said == [
         "warning: 0 of 10 groups have variance, 4 were wanted; step 1 goes on with these "

@@ -41,16 +41,15 @@ def test_kl_is_taken_from_the_reward_and_leaves_what_was_verified():
     verified = np.array([[1.0, 0.0], [1.0, 1.0]])
     run = SimpleNamespace(
         config=SimpleNamespace(
-            rollout=SimpleNamespace(responses=2, router_replay="off"), sampling=None,
+            rollout=SimpleNamespace(responses=2, router_replay="off", save=False), sampling=None,
             loss=LossConfig(weight_cap=5.0, kl_coefficient=2.0, kl_in="reward", kl_estimator="k1"),
         ),
-        clock=SimpleNamespace(stage=lambda _: nullcontext()), noise_seed=0, step=0,
-        source=SimpleNamespace(take=lambda first, count: PROMPTS),
-        engine=SimpleNamespace(generate=lambda *_: ROLLOUTS),
+        clock=SimpleNamespace(stage=lambda _: nullcontext()), step=0,
+        prompts=SimpleNamespace(take=lambda count, step: (PROMPTS, ROLLOUTS)),
         reference=lambda prompts, rollouts: [[r.rollout_logprobs - 0.25 for r in group] for group in rollouts],
         scorer=SimpleNamespace(score=lambda *_: Scores(verified, verified, verified, {})),
     )  # fmt: skip
-    sampled = Run.sample(run, 0, 2)
+    sampled = Run.sample(run, 2)
     lengths = np.array([[2, 4], [6, 8]])
     np.testing.assert_allclose(sampled.scores.rewards_PR, verified - 0.5 * lengths)
     np.testing.assert_array_equal(sampled.scores.verified_PR, verified)

@@ -6,24 +6,11 @@ import numpy as np
 import pytest
 
 from m1jax.errors import UserError
-from m1jax.rl.recorded import RecordingEngine, ReplayEngine, file_name, load_rollouts, save_rollouts
-from m1jax.types import HELDOUT_INDEX, Sampling
+from m1jax.rl.recorded import ReplayEngine, file_name, load_rollouts, save_rollouts
+from m1jax.types import Sampling
 from tests.rl import small
 
 SAMPLING = Sampling(max_tokens=8)
-
-
-class Canned:
-    """An engine that gives the rollouts it was made with."""
-
-    def __init__(self, rollouts):
-        self.rollouts = rollouts
-
-    def set_weights(self, params, version):
-        self.params = params
-
-    def generate(self, prompts, responses, sampling, seed):
-        return self.rollouts
 
 
 def same(one, other):
@@ -38,11 +25,7 @@ def recorded(tmp_path):
     prompts = small.prompts()
     rollouts = small.rollouts(prompts)
     rollouts[1][2] = dataclasses.replace(rollouts[1][2], ending="repetition", weight_version=7)
-    canned = Canned(rollouts)
-    engine = RecordingEngine(canned, tmp_path / "rollouts")
-    engine.set_weights("weights", 7)
-    same(engine.generate(prompts, 4, SAMPLING, 0), rollouts)
-    assert canned.params == "weights"
+    save_rollouts(file_name(tmp_path / "rollouts", 7, 0), prompts, rollouts, 1.0)
     return tmp_path, prompts, rollouts
 
 
@@ -69,10 +52,16 @@ def test_experts_come_back(recorded):
     assert found[0][0].expert_ids is not None and found[0][0].expert_ids.dtype == np.int8
 
 
-def test_heldout_rollouts_are_not_kept(tmp_path):
-    prompts = [dataclasses.replace(p, index=HELDOUT_INDEX + p.index) for p in small.prompts()]
-    RecordingEngine(Canned(small.rollouts(prompts)), tmp_path / "rollouts").generate(prompts, 4, SAMPLING, 0)
-    assert not (tmp_path / "rollouts").exists()
+def test_versions_of_tokens_come_back(recorded):
+    """Of the rollouts that have several; the others have one, and say so as before."""
+    run, prompts, rollouts = recorded
+    path = file_name(run / "rollouts", 8, 0)
+    first = rollouts[0][0]
+    rollouts[0][0] = dataclasses.replace(
+        first, weight_version=3, weight_versions=np.array([3] + [4] * (len(first.token_ids) - 1), np.int32)
+    )
+    save_rollouts(path, prompts, rollouts, 1.0)
+    same(load_rollouts(path)[1], rollouts)
 
 
 def test_what_does_not_fit_is_refused(recorded, tmp_path):

@@ -67,6 +67,11 @@ class Pool:
         """The servers that may be asked."""
         return [server for server in self.servers if not server.out]
 
+    @property
+    def current_version(self) -> int:
+        """Version of the weights that servers should have; -1 before there are any."""
+        return self.current.version if self.current is not None else -1
+
     def causes(self) -> str:
         """Why each server is out, or how much it has under way, in one line."""
         return "; ".join(f"{s.url} {s.out or f'serves, {s.in_flight} requests under way'}" for s in self.servers)
@@ -236,7 +241,10 @@ class Pool:
                 raise Fault("version", f"{server.url}: its checksums are not those of the other servers")
 
     async def _bring_back(self, server: Server, kind: str) -> None:
-        """Look at a server until it may be asked again."""
+        """Look at a server until it may be asked again.
+
+        A "new" one may have been left paused by a run that was killed, and is not healthy then: an update wakes it.
+        """
         try:
             wait_s = 0.0
             while True:
@@ -245,7 +253,7 @@ class Pool:
                 if self.current is None:
                     continue
                 try:
-                    if kind in ("timeout", "error", "new") or wait_s > 0.5:
+                    if kind in ("timeout", "error") or (kind != "new" and wait_s > 0.5):
                         await server.call("/health", timeout_s=HEALTH_S)
                     if await self._has_current(server):
                         break

@@ -7,6 +7,7 @@ a UserError, for no retry mends it.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from m1jax.rl.servers.protocol import Fault, new_id, read_piece, request
 from m1jax.rl.servers.server import Server
 from m1jax.types import Sampling
 
-PROBE_TOKENS = 8
+PROBE_TOKENS, PROBE_S = 8, 120.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None
     prompt = [i % needs.vocab_size for i in range(2, 2 + PROBE_TOKENS) if i not in needs.stop_ids]
     for temperature in sorted({1.0, *needs.temperatures} - {0.0}):
         body = request(new_id(), prompt, PROBE_TOKENS, Sampling(PROBE_TOKENS, temperature=temperature), needs.stop_ids)
-        answer = await server.whole(body, 120.0)
+        answer = await _soon(server, body)
         piece = read_piece(answer, body["rid"], 0, PROBE_TOKENS, needs.vocab_size)
         if not piece.spans and needs.update_mode != "abort":
             raise UserError(
@@ -112,11 +113,19 @@ async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None
         await _probe_stream(server, prompt, needs)
 
 
+async def _soon(server: Server, body: dict[str, Any]) -> Any:
+    """The answer to a small request."""
+    try:
+        return await asyncio.wait_for(server.whole(body), PROBE_S)
+    except TimeoutError as error:
+        raise Fault("timeout", f"{server.url}: no answer to {PROBE_TOKENS} tokens in {PROBE_S:.0f} s") from error
+
+
 async def _rescored(server: Server, prompt: list[int], answer: list[int]) -> list[float]:
     """Log-probabilities at temperature 1 of an answer, by prefill."""
     body = request(new_id(), prompt + answer, 1, Sampling(1), ())
     body |= {"logprob_start_len": 0}
-    meta = (await server.whole(body, 120.0)).get("meta_info", {})
+    meta = (await _soon(server, body)).get("meta_info", {})
     triples = meta.get("input_token_logprobs") or []
     if len(triples) < len(answer) or None in (scored := [t[0] for t in triples[-len(answer) :]]):
         raise Fault("logprobs", f"{server.url}: no log-probabilities of a prompt")
@@ -127,7 +136,7 @@ async def _probe_stream(server: Server, prompt: list[int], needs: Needs) -> None
     """An older server has no flag to tell how it streams; a stream tells."""
     body = request(new_id(), prompt, 4, Sampling(4), needs.stop_ids, stream=True)
     seen = 0
-    async for event in server.events(body, 120.0, 60.0):
+    async for event in server.events(body, PROBE_S):
         ids = event.get("output_ids") if isinstance(event, dict) else None
         if ids and seen and len(ids) > seen:
             needs = dataclasses.replace(needs, stream=True)

@@ -50,10 +50,10 @@ class Server:
         self.deterministic = False
         self.has_checker: bool | None = None
 
-    async def whole(self, body: dict[str, Any], timeout_s: float, headers: dict[str, str] | None = None) -> Any:
-        """The answer to a /generate that does not stream, decoded."""
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        with _faults(self.url, timeout_s):
+    async def whole(self, body: dict[str, Any], headers: dict[str, str] | None = None) -> Any:
+        """The answer to a /generate that does not stream, decoded. It may take any time: the caller sees to that."""
+        timeout = aiohttp.ClientTimeout(total=None)
+        with _faults(self.url, 0.0):
             async with self._post("/generate", body, timeout, False, headers) as response:
                 raw = await response.read()
                 self.counts["bytes"] += len(raw)
@@ -61,10 +61,14 @@ class Server:
         return read_json(raw)
 
     async def events(
-        self, body: dict[str, Any], timeout_s: float, stall_s: float, headers: dict[str, str] | None = None
+        self, body: dict[str, Any], stall_s: float, headers: dict[str, str] | None = None
     ) -> AsyncGenerator[Any, None]:
-        """The events of a /generate that streams, decoded; leaving early closes the connection, which aborts it."""
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_read=stall_s)
+        """The events of a /generate that streams, decoded; leaving early closes the connection, which aborts it.
+
+        Raises:
+            Fault: a failure, or `stall_s` seconds without a byte.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=stall_s)
         with _faults(self.url, stall_s):
             async with self._post("/generate", body, timeout, False, headers) as response:
                 if response.status != 200:
@@ -92,12 +96,12 @@ class Server:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         with _faults(self.url, timeout_s):
             if body is None:
-                request = self._session.get(self.url + path, timeout=timeout, headers=self._keys.headers(True))
+                request = self._session.get(self.url + path, timeout=timeout, headers=self._keys.headers(False))
             else:
                 request = self._post(path, body, timeout, True, None)
             async with request as response:
                 raw = await response.read()
-                self._read_status(response.status, raw, path)
+                self._read_status(response.status, raw, path, control=body is not None)
         try:
             return json.loads(raw)
         except ValueError:
@@ -136,9 +140,9 @@ class Server:
         headers = self._keys.headers(control) | {"Content-Type": "application/json"} | (headers or {})
         return self._session.post(self.url + path, data=json.dumps(body), timeout=timeout, headers=headers)
 
-    def _read_status(self, status: int, raw: bytes, path: str = "/generate") -> None:
+    def _read_status(self, status: int, raw: bytes, path: str = "/generate", control: bool = False) -> None:
         if status in (401, 403):
-            key = API_KEY if path == "/generate" else f"{ADMIN_KEY} (or {API_KEY}, where it has but one key)"
+            key = f"{ADMIN_KEY} (or {API_KEY}, where it has but one key)" if control else API_KEY
             raise UserError(f"{self.url}{path}: the server refuses our key; set {key} to the server's")
         read_status(status, raw)
 

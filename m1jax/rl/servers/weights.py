@@ -1,7 +1,7 @@
 """Weights for rollout servers: parameters to a folder that they read, and the update of one server.
 
-    weights/00000012-3f9a1c/     config.json, safetensors and tokenizer files under the names that Hugging Face uses
-            00000011-3f9a1c/     the two before it stay: a server may be reading, and a run may want to look back
+    weights/00000012-3f9a1c07/   config.json, safetensors and tokenizer files under the names that Hugging Face uses
+            00000011-b5d0e2f4/   the two before it stay: a server may be reading, and a run may want to look back
 
 A folder appears under its name when all of it is on disk. Its name is the label of the weights: the step, and some
 digits drawn by the run, so that no server passes for ours that has another run's step 12, or comes up with what it was
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from m1jax.model.config import ModelConfig
-from m1jax.rl.servers.protocol import Fault
+from m1jax.rl.servers.protocol import Fault, new_id
 from m1jax.rl.servers.server import Server
 from m1jax.types import Params
 from m1jax.weights.hf_config import to_hf
@@ -31,6 +31,13 @@ from m1jax.weights.hf_names import HFTensor, hf_tensors, tensor_dtype
 
 KEPT = 3
 """Folders that stay: the current one and two before it."""
+
+_LABEL = "[0-9]" * 8 + "-" + "[0-9a-f]" * 8
+
+
+def new_label(version: int) -> str:
+    """A name for weights that no other ones have."""
+    return f"{version:08d}-{new_id()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,10 @@ def publish(
 
 
 def prune(root: Path, keep: int = KEPT) -> None:
-    """Delete all but the newest `keep` versions, and what a killed run left half written."""
-    for folder in root.glob(".*.writing"):
+    """Delete all but the newest `keep` versions, and what a killed run left half written; nothing else that is there."""
+    for folder in root.glob(f".{_LABEL}.writing"):
         shutil.rmtree(folder, ignore_errors=True)
-    folders = [f for f in root.iterdir() if f.is_dir() and not f.name.startswith(".")]
+    folders = list(root.glob(_LABEL))
     for folder in sorted(folders, key=lambda f: (f.stat().st_mtime_ns, f.name))[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)
 
