@@ -21,20 +21,13 @@ from typing import Any, NamedTuple
 
 from aiohttp import web
 
-from tests import sglang_faults
+from tests import sglang_faults, sglang_requests
 from tests.sglang_faults import KINDS as ALL
 from tests.sglang_model import Job, Scheduler, digest, encode_experts, logprobs, routed_experts
+from tests.sglang_requests import Json, Refused, bad, invalid
 
 __all__ = ["ALL", "Double", "Received", "digest", "logprobs", "routed_experts"]
 
-Json = dict[str, Any]
-SAMPLING = dict(
-    max_new_tokens=128, stop=None, stop_token_ids=None, stop_regex=None, temperature=1.0, top_p=1.0, top_k=-1,
-    min_p=0.0, frequency_penalty=0.0, presence_penalty=0.0, repetition_penalty=1.0, min_new_tokens=0, n=1, json_schema=None,
-    regex=None, ebnf=None, structural_tag=None, ignore_eos=False, skip_special_tokens=True,
-    spaces_between_special_tokens=True, no_stop_trim=False, stream_interval=None, logit_bias=None, sampling_seed=None,
-    custom_params=None, beam_width=None, watermark=None, choice=None,
-)  # fmt: skip
 OPEN = ("/health", "/ready", "/metrics")  # never need a key
 ORDINARY = ("/generate", "/model_info", "/get_model_info", "/server_info", "/get_server_info")
 CONTROL = {"/abort_request", "/pause_generation", "/continue_generation", "/update_weights_from_disk", "/flush_cache",
@@ -49,17 +42,6 @@ class Received(NamedTuple):
     path: str
     body: Any  # the JSON, or None
     headers: dict[str, str]
-
-
-class Refused(Exception):
-    """A request that the server answers with `status` and `body`."""
-
-    def __init__(self, status: int, body: Json):
-        self.status, self.body = status, body
-
-
-def _bad(message: str) -> Refused:
-    return Refused(400, {"error": {"message": message}})
 
 
 class Double:
@@ -193,16 +175,16 @@ class Double:
     async def _middleware(self, request: web.Request, handler: Callable) -> web.StreamResponse:
         raw = await request.read()
         try:
-            request["body"] = json.loads(raw) if raw else None
+            body = json.loads(raw) if raw else None
         except ValueError:
-            request["body"] = None
-        self.received.append(Received(request.path, request["body"], dict(request.headers)))
+            body = None
+        self.received.append(Received(request.path, body, dict(request.headers)))
         needed = self.admin_key or self.api_key if request.path in CONTROL else self.api_key
         if needed and not request.path.startswith(OPEN) and request.headers.get("Authorization") != f"Bearer {needed}":
             return _json({"error": "Unauthorized"}, 401)
         try:
-            if raw and request["body"] is None:
-                raise Refused(400, _invalid("1 validation error: JSON decode error"))
+            if raw and body is None:
+                raise invalid("1 validation error: JSON decode error")
             return await handler(request)
         except Refused as refused:
             return _json(refused.body, refused.status)
@@ -238,7 +220,7 @@ class Double:
         ))  # fmt: skip
 
     async def _abort_request(self, request: web.Request) -> web.Response:
-        body = request["body"] or {}
+        body = await _body(request)
         if body.get("abort_all"):
             self._scheduler.abort(None)
         elif self._active.get(body.get("rid") or ""):  # an unknown id ends nothing, a known one all that begin with it
@@ -246,9 +228,9 @@ class Double:
         return web.Response()
 
     async def _pause_generation(self, request: web.Request) -> web.Response:
-        mode = (request["body"] or {}).get("mode", "abort")
+        mode = (await _body(request)).get("mode", "abort")
         if mode not in ("abort", "retract", "in_place"):
-            raise Refused(400, _invalid("Input should be 'abort', 'retract' or 'in_place'"))
+            raise invalid("Input should be 'abort', 'retract' or 'in_place'")
         self._unpaused.clear()
         if mode == "abort":
             self._scheduler.abort(None)
@@ -271,7 +253,7 @@ class Double:
     async def _weights_checker(self, request: web.Request) -> web.Response:
         if not self.checker:
             raise web.HTTPNotFound
-        action = (request["body"] or {}).get("action", "compare")
+        action = (await _body(request)).get("action", "compare")
         if action != "checksum":
             return _json({"success": False, "message": f"Unsupported {action=}"}, 400)
         value = f"{self._scheduler.weights:08x}"
@@ -285,9 +267,9 @@ class Double:
     _end_weight_update = _begin_weight_update
 
     async def _update_weights_from_disk(self, request: web.Request) -> web.Response:
-        body = request["body"] or {}
+        body = await _body(request)
         if not isinstance(body.get("model_path"), str):
-            raise Refused(400, _invalid("Field required: model_path"))
+            raise invalid("Field required: model_path")
         if body.get("abort_all_requests"):
             self._scheduler.abort(None)
         waited = False
@@ -329,11 +311,11 @@ class Double:
             kind = self._dice.choice(self._kinds)
         if kind in sglang_faults.INSTEAD:
             self.injected[kind] += 1
-            return await sglang_faults.instead(kind, request, self.start_version)
+            return await sglang_faults.instead(kind, request, await _body(request), self.start_version)
         if kind == "slow":
             self.injected[kind] += 1
             await asyncio.sleep(self.slow_seconds)
-        body = request["body"] or {}
+        body = await _body(request)
         stream, answered = bool(body.get("stream")), False
         try:
             jobs, news = self._jobs(body)
@@ -366,7 +348,7 @@ class Double:
         """The jobs run inside; a client who leaves takes them along."""
         for job in jobs:
             if job.rid in self._active:
-                raise _bad(f"Duplicate request ID detected: {job.rid}")
+                raise bad(f"Duplicate request ID detected: {job.rid}")
         self._active |= {job.rid: None for job in jobs}
         entered = False
         try:
@@ -388,48 +370,15 @@ class Double:
                 self._idle.set()
 
     def _jobs(self, body: Json) -> tuple[list[Job], asyncio.Queue[Job]]:
-        """What a body asks for, or Refused with the real server's words."""
-        prompts, news = body.get("input_ids"), asyncio.Queue()
-        if prompts is None:
-            raise _bad("Either text, input_ids or input_embeds should be provided.")
-        if not isinstance(prompts, list):
-            raise Refused(400, _invalid("Value error, must be list or null; got " + type(prompts).__name__))
-        batch = bool(prompts) and isinstance(prompts[0], list)
-        prompts = prompts if batch else [prompts]
-        given = body.get("sampling_params") or {}
-        params = [_sampling(one) for one in (given if isinstance(given, list) else [given] * len(prompts))]
-        n, rid = params[0]["n"], body.get("rid")
-        names = [uuid.uuid4().hex for _ in range(len(prompts) * n)]
-        if isinstance(rid, str):
-            names = [f"{rid}_{at}" for at in range(len(names))] if batch or n > 1 else [rid]
-        elif rid is not None:
-            names = list(rid)
-            if doubled := [name for name, times in Counter(names).items() if times > 1]:
-                raise _bad(f"Duplicate request IDs detected within the request: {doubled}")
+        news: asyncio.Queue[Job] = asyncio.Queue()
         jobs = []
-        for at, name in enumerate(names):
-            prompt, one = prompts[at // n], params[at // n]
-            self._check_lengths(prompt, one["max_new_tokens"])
-            job = Job(name, prompt, one, news.put_nowait, str(body.get("extra_key") or ""))
+        for name, prompt, params in sglang_requests.asked(body, self.context_length):
+            job = Job(name, prompt, params, news.put_nowait, str(body.get("extra_key") or ""))
             if (start := body.get("logprob_start_len", -1)) >= 0 and body.get("return_logprob"):
                 job.cacheable = start
             job.script = (self.script(prompt) if self.script else None) or None
             jobs.append(job)
         return jobs, news
-
-    def _check_lengths(self, prompt: list[int], new: int) -> None:
-        asked, limit = len(prompt), self.context_length
-        if not prompt:
-            raise _bad("input_ids cannot be empty.")
-        if asked >= limit:
-            raise _bad(f"The input ({asked} tokens) is longer than the model's context length ({limit} tokens).")
-        if asked + new > limit:
-            raise _bad(
-                f"Requested token count exceeds the model's maximum context length of {limit} tokens. You requested a "
-                f"total of {asked + new} tokens: {asked} tokens from the input messages and {new} tokens for the "
-                "completion. Please reduce the number of tokens in the input messages or the completion to fit within "
-                "the limit."
-            )
 
     async def _events(self, jobs: list[Job], news: asyncio.Queue[Job], body: Json, many: bool) -> AsyncIterator[Json]:
         sent = dict.fromkeys((job.rid for job in jobs), 0)
@@ -478,28 +427,9 @@ class Double:
         return {"output_ids": job.ids[start:], "meta_info": meta | now}
 
 
-def _sampling(given: Json) -> Json:
-    for key in given:
-        if key not in SAMPLING:
-            raise Refused(400, {"error": f"unknown field `{key}`, expected one of `{'`, `'.join(SAMPLING)}`"})
-    params = SAMPLING | {key: value for key, value in given.items() if value is not None}
-    for key in ("max_new_tokens", "temperature", "top_p", "top_k", "n"):
-        if isinstance(params[key], bool) or not isinstance(params[key], int | float):
-            raise Refused(400, {"error": f'invalid type: {type(params[key]).__name__} "{params[key]}", expected f64'})
-    if params["max_new_tokens"] < 0:
-        raise _bad(f"max_new_tokens must be at least 0, got {params['max_new_tokens']}.")
-    if not 0 <= params["temperature"] < math.inf:
-        raise _bad(f"temperature must be a non-negative finite number, got {params['temperature']}.")
-    if not 0 < params["top_p"] <= 1:
-        raise _bad(f"top_p must be in (0, 1], got {params['top_p']}.")
-    if params["min_new_tokens"]:
-        raise _bad(f"min_new_tokens={params['min_new_tokens']} is unavailable when skip_tokenizer_init=True (requires "
-                   "tokenizer for eos_token_id).")  # fmt: skip
-    return params
-
-
-def _invalid(message: str) -> Json:
-    return {"object": "error", "message": message, "type": "Bad Request", "param": None, "code": 400}
+async def _body(request: web.Request) -> Json:
+    raw = await request.read()
+    return (json.loads(raw) if raw else None) or {}
 
 
 def _json(body: Any, status: int = 200) -> web.Response:

@@ -31,7 +31,7 @@ def reset(transport: Any) -> None:
         transport.abort()
 
 
-async def instead(kind: str, request: web.Request, version: str) -> web.StreamResponse:
+async def instead(kind: str, request: web.Request, asked: dict[str, Any], version: str) -> web.StreamResponse:
     if kind == "reset_before":
         reset(request.transport)
         return web.Response()
@@ -45,13 +45,13 @@ async def instead(kind: str, request: web.Request, version: str) -> web.StreamRe
     finish: dict[str, Any] = {"type": "abort", "message": "Abort in waiting queue"}
     if kind == "abort_503":
         finish = {"type": "abort", "status_code": 503, "message": "The request queue is full."}
-    rid = (request["body"] or {}).get("rid")
+    rid = asked.get("rid")
     meta = {"id": rid if isinstance(rid, str) else "0", "finish_reason": finish, "weight_version": version,
             "e2e_latency": 0.001, "weight_versions": [{"version": version, "start": 0, "end": 0}],
             "input_token_logprobs": [], "output_token_logprobs": [], "output_token_logprobs_length": 0,
             "completion_tokens": 0}  # fmt: skip
     answer = {"text": "", "output_ids": [], "meta_info": meta}
-    if (request["body"] or {}).get("stream"):
+    if asked.get("stream"):
         return await send_events(request, _each([answer]), "", Counter(), version)
     return web.json_response(answer)
 
