@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import random
 import threading
 import time
-import uuid
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -70,6 +68,7 @@ class Double:
         self.health_timeout, self.slow_seconds = health_timeout, slow_seconds
         self.received: list[Received] = []
         self.injected: Counter[str] = Counter()
+        self.flush_failures = 0  # so many of the next updates fail to flush, unless the server is paused by retract
         self._forced: deque[str] = deque()
         self._share, self._kinds, self._dice = 0.0, tuple(ALL), random.Random(0)
         self._runner: web.AppRunner | None = None
@@ -130,8 +129,9 @@ class Double:
     async def _start(self) -> None:
         self._scheduler = Scheduler(
             self.vocab_size, self.eos_ids, self.start_weights, self.start_version, self.max_running, self.max_queued,
-            self.seconds_per_token, self.original_logprobs, self.seed,
+            self.seconds_per_token, self.original_logprobs, self.deterministic, self.seed,
         )  # fmt: skip
+        self._mode = ""  # of the pause
         self._info = {"path": self.start_path, "version": self.start_version}
         self._active: dict[str, Job | None] = {}  # requests of clients who wait; None before they reach the scheduler
         self._readers, self._unpaused, self._open, self._idle = 0, asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -231,6 +231,7 @@ class Double:
         mode = (await _body(request)).get("mode", "abort")
         if mode not in ("abort", "retract", "in_place"):
             raise invalid("Input should be 'abort', 'retract' or 'in_place'")
+        self._mode = mode
         self._unpaused.clear()
         if mode == "abort":
             self._scheduler.abort(None)
@@ -240,6 +241,7 @@ class Double:
         return _json({"message": "Generation paused successfully.", "status": "ok"})
 
     async def _continue_generation(self, request: web.Request) -> web.Response:
+        self._mode = ""
         self._scheduler.resume()
         self._unpaused.set()
         return _json({"message": "Generation continued successfully.", "status": "ok"})
@@ -293,7 +295,10 @@ class Double:
             raise
         self._scheduler.load(weights, body.get("weight_version"))
         # The scheduler lets go of a request a moment after its answer has left: an update that waited for it comes too
-        # early to flush. It has failed then, though the weights are the new ones and answers carry the new version.
+        # early to flush, and so does one in four that come right after an answer. It has failed then, though the
+        # weights are the new ones and answers carry the new version.
+        if self.flush_failures and self._mode != "retract":
+            self.flush_failures, waited = self.flush_failures - 1, True
         if body.get("flush_cache", True) and (waited or not self._scheduler.flush()):
             return _json({"success": False, "message": NOT_FLUSHED, "num_paused_requests": 0}, 400)
         message, version = "Succeeded to update model weights.", body.get("weight_version")
@@ -330,7 +335,7 @@ class Double:
                 while any(job.finish is None for job in jobs):
                     await news.get()
                 for job in jobs:
-                    if (job.finish or {}).get("status_code") == 503:
+                    if job.finish and job.finish.get("status_code") == 503:
                         error = {"object": "error", "message": job.finish["message"], "type": "503", "param": None}
                         raise Refused(503, error | {"code": 503})
                 answers = [self._answer(job, body) for job in jobs]
@@ -386,10 +391,9 @@ class Double:
         while left:
             job = await news.get()
             left -= job.finish is not None
-            if job.finish is None and len(job.ids) < sent[job.rid] + (
-                job.params["stream_interval"] or self.stream_interval
-            ):
-                continue
+            interval = job.params["stream_interval"] or self.stream_interval
+            if job.finish is None and 0 < sent[job.rid] > len(job.ids) - interval:
+                continue  # the first token goes out at once
             answer = self._answer(job, body, sent[job.rid] if self.incremental else 0)
             sent[job.rid] = len(job.ids)
             yield answer | {"index": jobs.index(job)} if many else answer

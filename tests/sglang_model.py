@@ -92,10 +92,12 @@ class Scheduler:
     """Requests to tokens: admits, decodes one token of every running request at a time, pauses, aborts, loads."""
 
     def __init__(self, vocab_size: int, eos_ids: Sequence[int], weights: int, version: str, max_running: int,
-                 max_queued: int | None, seconds_per_token: float, original_logprobs: bool, seed: int):  # fmt: skip
+                 max_queued: int | None, seconds_per_token: float, original_logprobs: bool, deterministic: bool,
+                 seed: int):  # fmt: skip
         self.vocab_size, self.eos_ids, self.weights, self.version = vocab_size, set(eos_ids), weights, version
         self.max_running, self.max_queued, self.seconds_per_token = max_running, max_queued, seconds_per_token
-        self.original_logprobs, self.random = original_logprobs, random.Random(seed)
+        self.original_logprobs, self.deterministic = original_logprobs, deterministic
+        self.random = random.Random(seed)
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.paused = False
@@ -203,20 +205,23 @@ class Scheduler:
         if temperature == 0 or job.params["top_k"] == 1:
             token = int(scores.argmax())
         else:
-            token = self._draw(scores, job.params["top_k"], job.params["top_p"])
+            token = self._draw(scores, job)
         if self.original_logprobs:
             scores = logprobs(self.weights, (job.prompt[-2:] + job.ids)[-2:], self.vocab_size, 1.0)
         return token, float(np.float32(scores[token]))
 
-    def _draw(self, scores: np.ndarray, top_k: int, top_p: float) -> int:
+    def _draw(self, scores: np.ndarray, job: Job) -> int:
         """A token of the few best; the log-probability that comes back is still that of the whole vocabulary."""
+        top_k, top_p, seed, dice = job.params["top_k"], job.params["top_p"], job.params["sampling_seed"], self.random
+        if self.deterministic and seed is not None:  # elsewhere the seed counts for nothing
+            dice = random.Random(f"{seed} {len(job.ids)}")
         if top_k < 0 and top_p >= 1:
             order, mass = np.arange(len(scores)), np.cumsum(np.exp(scores))
         else:
             order = np.argsort(-scores)[: top_k if top_k > 0 else None]
             mass = np.cumsum(np.exp(scores[order]))
             mass = mass[: int(np.searchsorted(mass, top_p)) + 1]
-        return int(order[min(np.searchsorted(mass, self.random.random() * mass[-1], "right"), len(mass) - 1)])
+        return int(order[min(np.searchsorted(mass, dice.random() * mass[-1], "right"), len(mass) - 1)])
 
     def _span(self, job: Job) -> None:
         if not job.spans or (job.spans[-1]["version"] != self.version and len(job.ids) > job.spans[-1]["end"]):

@@ -83,6 +83,11 @@ def _sampling(given: Json) -> Json:
             f"min_new_tokens={params['min_new_tokens']} is unavailable when skip_tokenizer_init=True (requires "
             "tokenizer for eos_token_id)."
         )
+    if params["stop"]:
+        raise bad(
+            f"stop={params['stop']} is unavailable when skip_tokenizer_init=True (requires tokenizer to decode tokens to "
+            "text for matching)."
+        )
     return params
 
 
@@ -95,6 +100,6 @@ def _check_length(prompt: list[int], new: int, limit: int) -> None:
     if old + new > limit:
         raise bad(
             f"Requested token count exceeds the model's maximum context length of {limit} tokens. You requested a "
-            f"total of {old + new} tokens: {old} tokens from the input messages and {new} tokens for the completion. Please "
-            "reduce the number of tokens in the input messages or the completion to fit within the limit."
+            f"total of {old + new} tokens: {old} tokens from the input messages and {new} tokens for the completion. "
+            "Please reduce the number of tokens in the input messages or the completion to fit within the limit."
         )
