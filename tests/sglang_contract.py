@@ -212,8 +212,8 @@ def a_batch_is_a_list_in_order(on: Subject) -> Answers:
     assert [answer["meta_info"]["prompt_tokens"] for answer in batch.body] == [3, 2]
     prefixed = on.generate([(5, 6, 7), (5, 6)], 2, rid="w").body
     assert [answer["meta_info"]["id"] for answer in prefixed] == ["w_0", "w_1"]
-    samples = on.generate(tokens=2, n=2)
-    assert len(samples.body) == 2
+    samples = on.generate(tokens=2, n=2, rid="x")
+    assert len({answer["meta_info"]["id"] for answer in samples.body} - {"x", "x_0", "x_1"}) == 2  # not ours
     for answer in batch.body + prefixed + samples.body:
         whole(Answer(200, "", answer), 2)
     return {"generate_batch": batch, "generate_samples": samples}
@@ -224,6 +224,8 @@ def logprobs_are_those_at_the_temperature(on: Subject) -> Answers:
     prompt = [5, 6, 7]
     greedy, again, cooler = (on.generate(prompt, 6, temperature=heat) for heat in (0, 0, 0.25))
     assert greedy.body["output_ids"] == again.body["output_ids"]
+    for same in (on.generate(prompt, 6, temperature=1e-7), on.generate(prompt, 6, top_k=1)):
+        assert same.meta["output_token_logprobs"] == greedy.meta["output_token_logprobs"]
     for answer, same in ((greedy, True), (cooler, False)):
         scored = on.generate(prompt + answer.body["output_ids"], 0, logprob_start_len=0)
         triples = scored.meta["input_token_logprobs"]
@@ -277,6 +279,7 @@ def what_cannot_be_done_is_refused(on: Subject) -> Answers:
         "wrong_type": _request((5, 6, 7), 2, temperature="hot"),
         "negative_temperature": _request((5, 6, 7), 2, temperature=-1),
         "top_p_above_one": _request((5, 6, 7), 2, top_p=2),
+        "top_k_zero": _request((5, 6, 7), 2, top_k=0),
         "negative_tokens": _request((5, 6, 7), -2),
         "too_many_tokens": _request((5, 6, 7), on.context_length),
         "prompt_too_long": _request([1] * (on.context_length + 1), 2),
@@ -285,6 +288,7 @@ def what_cannot_be_done_is_refused(on: Subject) -> Answers:
         "empty_prompt": {"input_ids": [], "sampling_params": {"max_new_tokens": 2}},
         "prompt_no_list": {"input_ids": "abc", "sampling_params": {"max_new_tokens": 2}},
         "ids_twice": _request([(5, 6, 7), (5, 6)], 2, rid=["u", "u"]),
+        "ids_too_few": _request([(5, 6, 7), (5, 6)], 2, rid=["u"]),
         "no_json": b"{",
     }
     answers = {f"refused_{name}": on.ask("/generate", body) for name, body in asked.items()}
@@ -507,7 +511,7 @@ def keys_open_their_own_endpoints(on: Subject) -> Answers:
 def a_full_queue_refuses(on: Subject) -> Answers:
     first = on.begin("first", 1000)
     waiting = [Running(on, _request((5, 6, 7), 4, rid=rid)) for rid in ("second", "third")]
-    time.sleep(0.1)
+    time.sleep(0.4)  # nothing tells that they wait
     refused, streamed = on.generate(rid="fourth"), on.generate(rid="fifth", stream=True)
     assert refused.status == 503
     assert streamed.status == 200 and streamed.body[0]["meta_info"]["finish_reason"]["status_code"] == 503

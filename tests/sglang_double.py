@@ -325,7 +325,7 @@ class Double:
         try:
             jobs, news = self._jobs(body)
             many = len(jobs) > 1 or (jobs and isinstance(body["input_ids"][0], list))
-            if any(not 0 <= token < self.vocab_size for job in jobs for token in job.prompt):
+            if any(not job.prompt or not 0 <= min(job.prompt) <= max(job.prompt) < self.vocab_size for job in jobs):
                 await self._crash()
             async with self._running(jobs):
                 if stream:

@@ -30,9 +30,10 @@ def _logits(weights: int, last: tuple[int, ...], vocab_size: int) -> np.ndarray:
 def logprobs(weights: int, prefix: Sequence[int], vocab_size: int, temperature: float) -> np.ndarray:
     """Float64 [V]: log-probabilities of the token after `prefix`; it hangs on the last two ids alone.
 
-    Temperature 0 (greedy) has those of temperature 1, as the real server returns them.
+    Greedy, which temperatures below 1e-6 are, has those of temperature 1, as the real server returns them.
     """
-    logits = _logits(weights, tuple(int(token) for token in prefix[-2:]), vocab_size) / (temperature or 1.0)
+    temperature = 1.0 if temperature < 1e-6 else temperature
+    logits = _logits(weights, tuple(int(token) for token in prefix[-2:]), vocab_size) / temperature
     shifted = logits - logits.max()
     return shifted - np.log(np.exp(shifted).sum())
 
@@ -200,9 +201,10 @@ class Scheduler:
             job.news(job)
 
     def _sample(self, job: Job) -> tuple[int, float]:
-        temperature = job.params["temperature"]
+        greedy = job.params["temperature"] < 1e-6 or job.params["top_k"] == 1
+        temperature = 1.0 if greedy else job.params["temperature"]
         scores = logprobs(self.weights, (job.prompt[-2:] + job.ids)[-2:], self.vocab_size, temperature)
-        if temperature == 0 or job.params["top_k"] == 1:
+        if greedy:
             token = int(scores.argmax())
         else:
             token = self._draw(scores, job)

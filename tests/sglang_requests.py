@@ -51,16 +51,20 @@ def asked(body: Json, context_length: int) -> list[tuple[str, list[int], Json]]:
     given = body.get("sampling_params") or {}
     params = [_sampling(one) for one in (given if isinstance(given, list) else [given] * len(prompts))]
     n, rid = params[0]["n"], body.get("rid")
-    if isinstance(rid, str):
-        names = [f"{rid}_{at}" for at in range(len(prompts) * n)] if batch or n > 1 else [rid]
-    elif rid is not None:
-        names = list(rid)
-    else:
+    if rid is None or n > 1:  # several answers to one prompt have ids of the server's own
         names = [uuid.uuid4().hex for _ in range(len(prompts) * n)]
+    elif isinstance(rid, str):
+        names = [f"{rid}_{at}" for at in range(len(prompts))] if batch else [rid]
+    else:
+        names = list(rid)
+        if len(names) != len(prompts):
+            raise bad("The specified rids length mismatch with the batch_size for batch processing.")
     if doubled := [name for name, times in Counter(names).items() if times > 1]:
         raise bad(f"Duplicate request IDs detected within the request: {doubled}")
     for prompt, one in zip(prompts, params, strict=True):
-        _check_length(prompt, one["max_new_tokens"], context_length)
+        if not prompt and not batch:  # in a batch it goes unnoticed until the scheduler dies of it
+            raise bad("input_ids cannot be empty.")
+        _check_length(len(prompt), one["max_new_tokens"], context_length)
     return [(name, prompts[at // n], params[at // n]) for at, name in enumerate(names)]
 
 
@@ -78,6 +82,8 @@ def _sampling(given: Json) -> Json:
         raise bad(f"temperature must be a non-negative finite number, got {params['temperature']}.")
     if not 0 < params["top_p"] <= 1:
         raise bad(f"top_p must be in (0, 1], got {params['top_p']}.")
+    if params["top_k"] != -1 and params["top_k"] < 1:
+        raise bad(f"top_k must be -1 (disable) or at least 1, got {params['top_k']}.")
     if params["min_new_tokens"]:
         raise bad(
             f"min_new_tokens={params['min_new_tokens']} is unavailable when skip_tokenizer_init=True (requires "
@@ -85,16 +91,13 @@ def _sampling(given: Json) -> Json:
         )
     if params["stop"]:
         raise bad(
-            f"stop={params['stop']} is unavailable when skip_tokenizer_init=True (requires tokenizer to decode tokens to "
-            "text for matching)."
+            f"stop={params['stop']} is unavailable when skip_tokenizer_init=True (requires tokenizer to decode tokens "
+            "to text for matching)."
         )
     return params
 
 
-def _check_length(prompt: list[int], new: int, limit: int) -> None:
-    old = len(prompt)
-    if not prompt:
-        raise bad("input_ids cannot be empty.")
+def _check_length(old: int, new: int, limit: int) -> None:
     if old >= limit:
         raise bad(f"The input ({old} tokens) is longer than the model's context length ({limit} tokens).")
     if old + new > limit:
