@@ -14,12 +14,26 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from tests.sglang_subject import Answer, Running, Subject, request, until, whole
+
+__all__ = [
+    "Answer",
+    "EVERY",
+    "NARROW",
+    "ROOMY",
+    "Running",
+    "Subject",
+    "differences",
+    "holds",
+    "request",
+    "until",
+    "whole",
+]
 
 RECORDED = Path(__file__).parent / "recorded" / "sglang_0_5_23"
 # Keys that an answer may lack or have: the embedding plan and text belong to models and tokenizers, the time stamp to
@@ -33,157 +47,6 @@ SERVER_INFO = (
     "incremental_streaming_output", "enable_deterministic_inference", "tp_size", "dp_size", "weight_version",
     "enable_return_routed_experts", "disable_radix_cache", "version",
 )  # fmt: skip
-
-
-@dataclass
-class Answer:
-    status: int
-    type: str  # "" for plain words
-    body: Any  # JSON; words; the events of a stream, [DONE] among them
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        return self.body["meta_info"]
-
-
-@dataclass
-class Subject:
-    """A server under test, which was started with the weights of folder `a`; `b` has others of the same model."""
-
-    url: str
-    vocab_size: int
-    a: Path
-    b: Path
-    key: str = ""
-    admin_key: str = ""
-    incremental: bool = False  # its streams' pieces are disjoint
-    context_length: int = 32768
-    timeout: float = 60.0
-
-    def ask(self, path: str, body: Any = None, key: str | None = None) -> Answer:
-        """POST, or GET without a body; `key` instead of the one that the path needs."""
-        with self._connection(path, body, key) as response:
-            raw, kind = response.read(), (response.getheader("Content-Type") or "").split(";")[0]
-        if kind == "application/json":
-            return Answer(response.status, kind, json.loads(raw))
-        if kind == "text/event-stream":
-            return Answer(response.status, kind, [_event(part) for part in raw.split(b"\n\n") if part.strip()])
-        return Answer(response.status, "", raw.decode())
-
-    def generate(self, prompt: Any = (5, 6, 7), tokens: int = 4, **more: Any) -> Answer:
-        """An answer of `tokens` tokens that no eos ends; what is no field of the request is one of the sampling."""
-        return self.ask("/generate", _request(prompt, tokens, **more))
-
-    def begin(self, rid: str, tokens: int = 120, **more: Any) -> Running:
-        """A request in a thread, its first token here."""
-        running = Running(self, _request((5, 6, 7), tokens, rid=rid, **more))
-        running.first.wait(self.timeout)
-        return running
-
-    def version(self) -> str:
-        return self.ask("/model_info").body["weight_version"]
-
-    def checksum(self) -> str:
-        return self.ask("/weights_checker", {"action": "checksum"}).body["per_engine_checksum"]
-
-    def update(self, folder: Path, version: str | None = None, **more: Any) -> Answer:
-        named = {} if version is None else {"weight_version": version}
-        return self.ask("/update_weights_from_disk", {"model_path": str(folder), **named, **more})
-
-    def load(self, folder: Path, version: str | None = None) -> Answer:
-        """An update that succeeds: one that comes right after an answer, unless retracted, may fail to flush."""
-        with self.paused("retract"):
-            answer = self.update(folder, version)
-        assert answer.status == 200 and answer.body["success"] is True
-        return answer
-
-    def flush(self) -> None:
-        until(lambda: self.ask("/flush_cache", {}).status == 200)
-
-    @contextmanager
-    def paused(self, mode: str) -> Iterator[Answer]:
-        try:
-            yield self.ask("/pause_generation", {"mode": mode})
-        finally:
-            self.ask("/continue_generation", {})
-
-    @contextmanager
-    def _connection(self, path: str, body: Any, key: str | None) -> Iterator[http.client.HTTPResponse]:
-        control = path.split("?")[0] not in ("/generate", "/model_info", "/server_info")
-        key = (self.admin_key if control else self.key) if key is None else key
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=self.timeout)
-        raw = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
-        try:
-            connection.request("GET" if raw is None else "POST", path, raw, headers)
-            with connection.getresponse() as response:
-                yield response
-        finally:
-            connection.close()
-
-
-class Running:
-    """A streamed request that a thread reads; `answer` is what a call without a stream would have returned."""
-
-    def __init__(self, subject: Subject, body: dict[str, Any]):
-        self.first, self._subject, self._body, self._events = threading.Event(), subject, body | {"stream": True}, []
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
-
-    @property
-    def alive(self) -> bool:
-        return self._thread.is_alive()
-
-    def join(self, timeout: float) -> None:
-        self._thread.join(timeout)
-
-    def answer(self) -> Answer:
-        """Raises IndexError where no event came."""
-        self.join(self._subject.timeout)
-        events = [event for event in self._events if event != "[DONE]"]
-        last = events[-1]
-        if self._subject.incremental:
-            last["output_ids"] = [token for event in events for token in event["output_ids"]]
-            triples = [triple for event in events for triple in event["meta_info"]["output_token_logprobs"]]
-            last["meta_info"]["output_token_logprobs"] = triples
-        return Answer(200, "application/json", last)
-
-    def _read(self) -> None:
-        # What breaks off shows in the answer, and in nothing that a thread would print.
-        broken = suppress(OSError, http.client.HTTPException)
-        with broken, self._subject._connection("/generate", self._body, None) as response:
-            for line in response:
-                if line.strip():
-                    self._events.append(_event(line))
-                    self.first.set()
-        self.first.set()
-
-
-def _event(raw: bytes) -> Any:
-    text = raw.decode().strip().removeprefix("data: ")
-    return text if text == "[DONE]" else json.loads(text)
-
-
-def _request(prompt: Any, tokens: int, **more: Any) -> dict[str, Any]:
-    prompt = [list(one) for one in prompt] if isinstance(prompt[0], list | tuple) else list(prompt)
-    fields = {"rid", "return_logprob", "logprob_start_len", "stream", "extra_key"}
-    top = {"return_logprob": True} | {name: value for name, value in more.items() if name in fields}
-    sampling = {name: value for name, value in more.items() if name not in fields}
-    return top | {"input_ids": prompt, "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True} | sampling}
-
-
-def whole(answer: Answer, tokens: int | None = None) -> None:
-    """The ids are those of the triples, every count is theirs, the versions' spans cover them."""
-    body, meta = answer.body, answer.meta
-    triples, spans = meta["output_token_logprobs"], meta["weight_versions"]
-    assert answer.status == 200
-    assert body["output_ids"] == [token for _, token, _ in triples]
-    assert len(triples) == meta["completion_tokens"] == meta["output_token_logprobs_length"]
-    assert tokens is None or len(triples) == tokens
-    assert all(score <= 0 for score, _, _ in triples)
-    assert [span["start"] for span in spans] == [0, *(span["end"] for span in spans[:-1])]
-    assert spans[-1]["end"] == len(triples)
-    assert spans[-1]["version"] == meta["weight_version"]
 
 
 # Claims. First those that any server keeps.
@@ -201,7 +64,7 @@ def an_answer_is_whole(on: Subject) -> Answers:
     assert len(bare.body["output_ids"]) == 4 and "output_token_logprobs" not in bare.meta
     none = on.generate(tokens=0)
     whole(none, 0)
-    unknown = on.ask("/generate", _request((5, 6, 7), 2) | {"no_such_field": True})
+    unknown = on.ask("/generate", request((5, 6, 7), 2) | {"no_such_field": True})
     whole(unknown, 2)
     return {"generate": one, "generate_without_logprobs": bare, "generate_no_tokens": none}
 
@@ -275,20 +138,20 @@ def streams_end_with_a_reason_and_done(on: Subject) -> Answers:
 def what_cannot_be_done_is_refused(on: Subject) -> Answers:
     """Errors have three shapes: of the schema (a string), of the request (an object), of the endpoint (flat)."""
     asked = {
-        "unknown_sampling_key": _request((5, 6, 7), 2, temprature=1.0),
-        "wrong_type": _request((5, 6, 7), 2, temperature="hot"),
-        "negative_temperature": _request((5, 6, 7), 2, temperature=-1),
-        "top_p_above_one": _request((5, 6, 7), 2, top_p=2),
-        "top_k_zero": _request((5, 6, 7), 2, top_k=0),
-        "negative_tokens": _request((5, 6, 7), -2),
-        "too_many_tokens": _request((5, 6, 7), on.context_length),
-        "prompt_too_long": _request([1] * (on.context_length + 1), 2),
-        "stop_string": _request((5, 6, 7), 2, stop=["a"]),
+        "unknown_sampling_key": request((5, 6, 7), 2, temprature=1.0),
+        "wrong_type": request((5, 6, 7), 2, temperature="hot"),
+        "negative_temperature": request((5, 6, 7), 2, temperature=-1),
+        "top_p_above_one": request((5, 6, 7), 2, top_p=2),
+        "top_k_zero": request((5, 6, 7), 2, top_k=0),
+        "negative_tokens": request((5, 6, 7), -2),
+        "too_many_tokens": request((5, 6, 7), on.context_length),
+        "prompt_too_long": request([1] * (on.context_length + 1), 2),
+        "stop_string": request((5, 6, 7), 2, stop=["a"]),
         "no_prompt": {"sampling_params": {"max_new_tokens": 2}},
         "empty_prompt": {"input_ids": [], "sampling_params": {"max_new_tokens": 2}},
         "prompt_no_list": {"input_ids": "abc", "sampling_params": {"max_new_tokens": 2}},
-        "ids_twice": _request([(5, 6, 7), (5, 6)], 2, rid=["u", "u"]),
-        "ids_too_few": _request([(5, 6, 7), (5, 6)], 2, rid=["u"]),
+        "ids_twice": request([(5, 6, 7), (5, 6)], 2, rid=["u", "u"]),
+        "ids_too_few": request([(5, 6, 7), (5, 6)], 2, rid=["u"]),
         "no_json": b"{",
     }
     answers = {f"refused_{name}": on.ask("/generate", body) for name, body in asked.items()}
@@ -424,7 +287,7 @@ def a_pause_that_aborts_returns_what_there_is(on: Subject) -> Answers:
         assert pause.status == 200 and 0 < answer.meta["completion_tokens"] < 1000
         assert answer.meta["finish_reason"]["type"] == "abort"
         assert on.ask("/ready").status == 503
-        late = Running(on, _request((5, 6, 7), 4, rid="late"))
+        late = Running(on, request((5, 6, 7), 4, rid="late"))
         time.sleep(0.1)
         assert late.alive and not late.first.is_set()
     whole(late.answer(), 4)
@@ -435,7 +298,7 @@ def a_pause_that_aborts_returns_what_there_is(on: Subject) -> Answers:
 def an_abort_returns_what_there_is(on: Subject) -> Answers:
     """Also to a call that does not stream; one that the client left is given up; an id runs but once."""
     result: dict[str, Answer] = {}
-    body = _request((5, 6, 7), 1000, rid="whole")
+    body = request((5, 6, 7), 1000, rid="whole")
     caller = threading.Thread(target=lambda: result.update(it=on.ask("/generate", body)))
     caller.start()
     until(lambda: on.ask("/flush_cache", {}).status == 400)
@@ -450,7 +313,7 @@ def an_abort_returns_what_there_is(on: Subject) -> Answers:
     whole(result["it"])
     assert result["it"].meta["finish_reason"]["type"] == "abort"
     on.flush()
-    with suppress(ConnectionError), on._connection("/generate", body | {"stream": True}, None) as response:
+    with suppress(ConnectionError), on.connection("/generate", body | {"stream": True}, None) as response:
         response.readline()
         assert on.ask("/flush_cache", {}).status == 400
     on.flush()
@@ -477,7 +340,7 @@ def aborts_in_a_pause(on: Subject) -> Answers:
     with on.paused("retract"):
         on.ask("/abort_request", {"rid": "retracted"})
         retracted = running.answer()
-        late = Running(on, _request((5, 6, 7), 4, rid="outside"))
+        late = Running(on, request((5, 6, 7), 4, rid="outside"))
         time.sleep(0.1)
         on.ask("/abort_request", {"rid": "outside"})
     whole(retracted)
@@ -496,9 +359,9 @@ def aborts_in_a_pause(on: Subject) -> Answers:
 
 
 def keys_open_their_own_endpoints(on: Subject) -> Answers:
-    closed = on.ask("/generate", _request((5, 6, 7), 2), key="")
+    closed = on.ask("/generate", request((5, 6, 7), 2), key="")
     for path, body, open_to in (
-        ("/generate", _request((5, 6, 7), 2), on.key), ("/model_info", None, on.key), ("/server_info", None, on.key),
+        ("/generate", request((5, 6, 7), 2), on.key), ("/model_info", None, on.key), ("/server_info", None, on.key),
         ("/flush_cache", {}, on.admin_key), ("/abort_request", {"rid": "x"}, on.admin_key),
         ("/weights_checker", {"action": "checksum"}, on.admin_key), ("/continue_generation", {}, on.admin_key),
     ):  # fmt: skip
@@ -510,7 +373,7 @@ def keys_open_their_own_endpoints(on: Subject) -> Answers:
 
 def a_full_queue_refuses(on: Subject) -> Answers:
     first = on.begin("first", 1000)
-    waiting = [Running(on, _request((5, 6, 7), 4, rid=rid)) for rid in ("second", "third")]
+    waiting = [Running(on, request((5, 6, 7), 4, rid=rid)) for rid in ("second", "third")]
     time.sleep(0.4)  # nothing tells that they wait
     refused, streamed = on.generate(rid="fourth"), on.generate(rid="fifth", stream=True)
     assert refused.status == 503
@@ -559,14 +422,6 @@ def _alive(on: Subject) -> bool:
         return on.ask("/ready").status == 200
     except (OSError, http.client.HTTPException):
         return False
-
-
-def until(condition: Callable[[], bool], tries: int = 300) -> None:
-    for _ in range(tries):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
 
 
 # Shapes.
