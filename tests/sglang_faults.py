@@ -140,7 +140,10 @@ def spoil(kind: str, answer: dict[str, Any], version: str) -> dict[str, Any] | N
     elif kind == "missing_logprobs":
         del meta["output_token_logprobs"], meta["output_token_logprobs_length"]
     elif kind == "wrong_length":
-        triples.append(list(triples[-1]))
+        if len(ids) % 2:
+            triples.pop()
+        else:
+            triples.append(list(triples[-1]))
     elif kind == "beyond_vocabulary":
         ids[-1] = triples[-1][1] = 1 << 30
     elif kind == "id_mismatch":
