@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 OURS = ("m1jax", "configs", "experiments", "launch", "tests")
 
 STAGES = (
-    "prompts", "engine_local", "engine_sglang", "servers", "ahead", "recorded", "shaping", "collect", "stream", "advantage", "batch", "loss", "diagnostics",
-    "update", "evaluate", "monitors", "run", "loop",
+    "prompts", "engine_local", "engine_sglang", "servers", "ahead", "recorded", "shaping", "collect", "stream",
+    "advantage", "batch", "loss", "diagnostics", "update", "evaluate", "monitors", "run", "loop",
 )  # fmt: skip
 
 ARROWS = {

@@ -291,6 +291,8 @@ class SGLangEngine:
         if not stream:
             answer = await self._in_time(server, body, headers, left)
             piece = read_piece(answer, body["rid"], 0, left, self.model.vocab_size)
+            if piece.finish is None:
+                raise Fault("cut", f"{server.url}: an answer without a finish_reason")
             self._take(piece, response, current.version)
             self._finish(piece, prompt, response, first, current.version, record)
             self._note_speed(len(piece.token_ids), left, start)

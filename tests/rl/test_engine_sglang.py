@@ -52,8 +52,8 @@ def engine(folder, *doubles, keys=None, log=None, stop_ids=(STOP,), temperature=
     config = dict(urls=tuple(d.url for d in doubles), patience_s=20.0, stall_s=1.0, stream_interval=4) | config
     made = SGLangEngine(
         ServersConfig(**config), dataclasses.replace(MODEL, num_experts=4) if experts else MODEL, stop_ids=stop_ids,
-        temperatures=(temperature,), positions=4096, weights=folder, keys=keys or Keys(), log=log or (lambda line: None),
-        record_experts=experts,
+        temperatures=(temperature,), positions=4096, weights=folder, keys=keys or Keys(),
+        log=log or (lambda line: None), record_experts=experts,
     )  # fmt: skip
     try:
         yield made
@@ -89,15 +89,18 @@ def check(groups, asked, responses, digests, temperature=1.0, max_tokens=40):
 
 def served(made: SGLangEngine, version: int = 0) -> dict[int, int]:
     """{version: digest} of the weights that the servers were given last."""
+    assert made.pool.current is not None
     return {version: digest(made.pool.current.folder)}
 
 
 @pytest.mark.parametrize("repetition_stop", ["stream", "segments"])
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_rollouts_are_what_the_servers_sampled(tmp_path, params, repetition_stop, temperature):
-    with double() as a, double() as b, engine(
-        tmp_path, a, b, repetition_stop=repetition_stop, temperature=temperature
-    ) as made:
+    with (
+        double() as a,
+        double() as b,
+        engine(tmp_path, a, b, repetition_stop=repetition_stop, temperature=temperature) as made,
+    ):
         made.set_weights(params[0], 0)
         sampling = Sampling(40, temperature=temperature)
         groups = made.generate(prompts(12), 4, sampling, 0)
@@ -110,7 +113,11 @@ def test_rollouts_are_what_the_servers_sampled(tmp_path, params, repetition_stop
             bodies = [r.body for r in each.received if r.path == "/generate" and r.body["rid"]]
             assert all(len(body["rid"]) == 32 for body in bodies)
         shares = [
-            {tuple(r.body["input_ids"][:3]) for r in each.received if r.path == "/generate" and len(r.body["input_ids"]) == 3}
+            {
+                tuple(r.body["input_ids"][:3])
+                for r in each.received
+                if r.path == "/generate" and len(r.body["input_ids"]) == 3
+            }
             for each in (a, b)
         ]
         assert len(shares[0]) == len(shares[1]) == 6 and not shares[0] & shares[1]
@@ -121,7 +128,11 @@ def test_the_noise_is_new_in_every_call_and_greedy_has_none(tmp_path, params):
     with double() as a, engine(tmp_path, a) as made:
         made.set_weights(params[0], 0)
         once, again = (made.generate(prompts(4), 2, Sampling(20), 0) for _ in range(2))
-        assert any(r.token_ids.tolist() != s.token_ids.tolist() for g, h in zip(once, again, strict=True) for r, s in zip(g, h, strict=True))
+        assert any(
+            r.token_ids.tolist() != s.token_ids.tolist()
+            for g, h in zip(once, again, strict=True)
+            for r, s in zip(g, h, strict=True)
+        )
         greedy = made.generate(prompts(4), 2, Sampling(20, temperature=0.0), 0)
         check(greedy, prompts(4), 2, served(made), max_tokens=20)
         assert all(g[0].token_ids.tolist() == g[1].token_ids.tolist() for g in greedy)
@@ -213,7 +224,9 @@ def test_when_all_are_gone_it_ends_and_names_the_cause(tmp_path, params, repetit
     with double() as a, engine(tmp_path, a, patience_s=0.5, repetition_stop=repetition_stop) as made:
         made.set_weights(params[0], 0)
         a.kill()
-        with pytest.raises(EngineLost, match=rf"no rollout server for 0 s: {a.url} ClientConnectorError Cannot connect"):
+        with pytest.raises(
+            EngineLost, match=rf"no rollout server for 0 s: {a.url} ClientConnectorError Cannot connect"
+        ):
             made.generate(prompts(4), 2, Sampling(40), 0)
 
 
@@ -221,7 +234,9 @@ def test_servers_that_are_there_and_give_nothing_end_it_too(tmp_path, params):
     with double() as a, engine(tmp_path, a, patience_s=1.0, stall_s=30.0) as made:
         made.set_weights(params[0], 0)
         a.fault("stuck", 100)
-        with pytest.raises(EngineLost, match="no token from any rollout server for 1 s: .* serves, 4 requests under way"):
+        with pytest.raises(
+            EngineLost, match="no token from any rollout server for 1 s: .* serves, 4 requests under way"
+        ):
             made.generate(prompts(2), 2, Sampling(40), 0)
 
 
@@ -244,9 +259,11 @@ def test_no_id_beyond_the_vocabulary_is_sent(tmp_path, params):
 
 @pytest.mark.parametrize("mode", ["retract", "abort", "in_place"])
 def test_answers_under_way_continue_over_an_update_and_say_so(tmp_path, params, mode):
-    with double(seconds_per_token=0.01) as a, double(seconds_per_token=0.01) as b, engine(
-        tmp_path, a, b, update_mode=mode
-    ) as made:
+    with (
+        double(seconds_per_token=0.01) as a,
+        double(seconds_per_token=0.01) as b,
+        engine(tmp_path, a, b, update_mode=mode) as made,
+    ):
         digests = {}
         made.set_weights(params[0], 0)
         digests |= served(made, 0)
@@ -263,7 +280,9 @@ def test_answers_under_way_continue_over_an_update_and_say_so(tmp_path, params, 
         pauses = [r.body["mode"] for r in a.received if r.path == "/pause_generation"]
         assert pauses[-1] == mode
         # Prefixes of one version are not shared with another.
-        keys = {r.body["extra_key"] for d in (a, b) for r in d.received if r.path == "/generate" and "extra_key" in r.body}
+        keys = {
+            r.body["extra_key"] for d in (a, b) for r in d.received if r.path == "/generate" and "extra_key" in r.body
+        }
         assert {key[:8] for key in keys} <= {"00000000", "00000001", "00000002"}
 
 
@@ -302,7 +321,11 @@ def test_an_update_is_not_believed_for_its_answer_alone(tmp_path, params, monkey
         monkeypatch.setattr(b, "_load", half)
         made.set_weights(params[1], 1)
         assert [s.url for s in made.pool.serving] == [a.url]
-        expected = {"label": "says '00000000-", "checksum": "its checksums are not those of the other", "unchanged": "its checksums are"}
+        expected = {
+            "label": "says '00000000-",
+            "checksum": "its checksums are not those of the other",
+            "unchanged": "its checksums are",
+        }
         assert expected[lie] in made.pool.servers[1].out
         check(made.generate(prompts(4), 2, Sampling(40), 0), prompts(4), 2, served(made, 1))
 
@@ -350,9 +373,10 @@ def test_3000_likely_tokens_in_a_row_end_a_response_at_exactly_that_token(
     tmp_path, params, repetition_stop, likely, length, ending
 ):
     sampling = Sampling(3900 if ending == "length" else 8000, repetition_run=3000)
-    with double(script=scripted(likely), context_length=10_000) as a, engine(
-        tmp_path, a, repetition_stop=repetition_stop, stream_interval=64
-    ) as made:
+    with (
+        double(script=scripted(likely), context_length=10_000) as a,
+        engine(tmp_path, a, repetition_stop=repetition_stop, stream_interval=64) as made,
+    ):
         made.set_weights(params[0], 0)
         [[response, _]] = made.generate(prompts(1), 2, sampling, 0)
         assert (len(response.token_ids), response.ending) == (length, ending)
@@ -367,9 +391,10 @@ def test_what_is_sent_and_received_is_linear_in_the_length(tmp_path, params, rep
     volumes = []
     for length in (4_000, 16_000):
         likely = [i % 100 > 0 for i in range(length)]
-        with double(script=scripted(likely), context_length=40_000) as a, engine(
-            tmp_path, a, repetition_stop=repetition_stop, segment_tokens=500, stream_interval=64
-        ) as made:
+        with (
+            double(script=scripted(likely), context_length=40_000) as a,
+            engine(tmp_path, a, repetition_stop=repetition_stop, segment_tokens=500, stream_interval=64) as made,
+        ):
             made.set_weights(params[0], 0)
             made.take_metrics()
             sent = len(a.received)
@@ -418,7 +443,11 @@ def publishes(made, params):
 @pytest.mark.parametrize(
     ("server", "run", "message"),
     [
-        (dict(original_logprobs=True), dict(temperature=0.7), "at temperature 0.7 it returns log-probabilities at temperature 1"),
+        (
+            dict(original_logprobs=True),
+            dict(temperature=0.7),
+            "at temperature 0.7 it returns log-probabilities at temperature 1",
+        ),
         (dict(incremental=False), {}, "streams all earlier tokens again with every event"),
         (dict(weight_versions=False), {}, "does not tell which weights each token is of"),
         (dict(api_key="secret"), {}, "/server_info: the server refuses our key; set SGLANG_API_KEY to"),
@@ -452,9 +481,10 @@ def test_keys_go_where_they_belong_and_nowhere_else(tmp_path, params, monkeypatc
     from m1jax.rl.servers.keys import keys_from_environment
 
     keys, said = keys_from_environment(), []
-    with double(api_key="ordinary-secret", admin_key="admin-secret") as a, engine(
-        tmp_path, a, keys=keys, log=said.append
-    ) as made:
+    with (
+        double(api_key="ordinary-secret", admin_key="admin-secret") as a,
+        engine(tmp_path, a, keys=keys, log=said.append) as made,
+    ):
         made.set_weights(params[0], 0)
         made.generate(prompts(2), 2, Sampling(8), 0)
         for received in a.received:

@@ -15,7 +15,6 @@ import random
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import aiohttp
 
@@ -54,7 +53,6 @@ class Pool:
         self.front = Server(config.gateway, session, keys, counts) if config.gateway else None
         self.current: Published | None = None
         self._sums: dict[str, str] = {}  # of the current weights, by how a server is spread over ranks
-        self._digests: dict[str, int] = {}  # of every label of this run
         self._sticky: dict[int, Server] = {}
         self._waiting: deque[tuple[int, asyncio.Future[Server]]] = deque()
         self._closed = False
@@ -127,7 +125,6 @@ class Pool:
         """
         self._closed, before = True, self.current
         self.current, self._sums = published, {}
-        self._digests[published.label] = published.digest
         serving = self.serving if before is not None else []
         try:
             await asyncio.gather(*(self._update(server, self.config.update_mode) for server in serving))
@@ -224,6 +221,7 @@ class Pool:
         try:
             await self._give_weights(server, mode)
         except Fault as fault:
+            server.digest = server.digest if fault.kind == "version" else None  # it may have taken all the same
             self.counts["updates_failed"] += 1
             self.log(f"warning: {server.url} is out, its update failed: {fault.detail}")
             self.put_out(server, fault)
@@ -234,10 +232,11 @@ class Pool:
         there = str(published.folder.absolute())
         if self.config.weights_folder_there:
             there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.name}"
-        sums = await update(server, published, there, mode, self.config.update_s, self._digests.get(server.label))
+        sums = await update(server, published, there, mode, self.config.update_s)
         if sums is not None and published is self.current:
             layout, hashes = sums
             if self._sums.setdefault(layout, hashes) != hashes:
+                server.label, server.digest = "", None
                 raise Fault("version", f"{server.url}: its checksums are not those of the other servers")
 
     async def _bring_back(self, server: Server, kind: str) -> None:
@@ -276,13 +275,12 @@ class Pool:
         info = await server.info()
         probe_flags(server.url, info, self.needs)
         server.deterministic = bool(info.get("enable_deterministic_inference"))
-        if info.get("weight_version") != wanted.label:
-            if server.label:
+        found = info.get("weight_version")
+        if not found == server.label == wanted.label:
+            if server.label and found not in (server.label, wanted.label):
+                server.digest = None  # it was restarted
                 self.counts["restarts"] += 1
-                self.log(
-                    f"{server.url}: came back with weights {info.get('weight_version')!r}; it is given {wanted.label}"
-                )
-            server.label = str(info.get("weight_version"))
+                self.log(f"{server.url}: came back with weights {found!r}; it is given {wanted.label}")
             await self._give_weights(server, "abort")
         if server.url not in self._probed:
             try:
@@ -291,10 +289,4 @@ class Pool:
                 if fault.kind == "refused":
                     raise UserError(f"{server.url}: {fault.detail}") from fault
                 raise
-        server.label = wanted.label
         return wanted is self.current
-
-
-def folder_of_weights(config: ServersConfig, run: Path) -> Path:
-    """Where a run puts weights."""
-    return Path(config.weights_folder) if config.weights_folder else run / "weights"

@@ -38,7 +38,8 @@ class Server:
         in_flight: requests under way.
         out: why it is not asked; "" while it is.
         rest_until: time of the event loop before which it is not asked.
-        label: version of the weights that it is known to have.
+        label: of the weights that it was seen to have after an update of ours; "" before that.
+        digest: `Published.digest` of the weights that it has; None where that is not known.
         deterministic: whether it makes the noise of a token from a seed.
         has_checker: whether it has /weights_checker; None before that is known.
         counts: bytes received, by all its answers.
@@ -47,6 +48,7 @@ class Server:
     def __init__(self, url: str, session: aiohttp.ClientSession, keys: Keys, counts: Counter[str]):
         self.url, self._session, self._keys, self.counts = url, session, keys, counts
         self.in_flight, self.out, self.rest_until, self.label = 0, "not looked at yet", 0.0, ""
+        self.digest: int | None = None
         self.deterministic = False
         self.has_checker: bool | None = None
 

@@ -47,7 +47,7 @@ class ServersConfig:
     update_mode: str = "retract"
     repetition_stop: str = "stream"
     segment_tokens: int = 2048
-    stream_interval: int = 16
+    stream_interval: int = 32
     in_flight: int = 256
     attempts: int = 12
     patience_s: float = 600.0

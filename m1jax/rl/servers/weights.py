@@ -93,7 +93,7 @@ def publish(
 
 
 def prune(root: Path, keep: int = KEPT) -> None:
-    """Delete all but the newest `keep` versions, and what a killed run left half written; nothing else that is there."""
+    """Delete all but the newest `keep` versions, and what a killed run left half written; nothing else."""
     for folder in root.glob(f".{_LABEL}.writing"):
         shutil.rmtree(folder, ignore_errors=True)
     folders = list(root.glob(_LABEL))
@@ -102,7 +102,7 @@ def prune(root: Path, keep: int = KEPT) -> None:
 
 
 async def update(
-    server: Server, published: Published, folder_there: str, mode: str, timeout_s: float, digest_before: int | None
+    server: Server, published: Published, folder_there: str, mode: str, timeout_s: float
 ) -> tuple[str, str] | None:
     """Make a server use published weights; its `checksums` after that.
 
@@ -111,7 +111,6 @@ async def update(
         folder_there: the folder as the server sees it.
         mode: of the pause; `ServersConfig.update_mode`.
         timeout_s: for reading the weights.
-        digest_before: `Published.digest` of what it has now, None where that is not known.
 
     Raises:
         Fault: it did not, for the reason given; it must not be asked before it has been updated.
@@ -126,12 +125,12 @@ async def update(
         if label != published.label:
             raise Fault("version", f"{server.url}: says {label!r} after an update to {published.label!r}")
         after = await server.checksums()
-        if digest_before is not None and None not in (before, after):
-            changed = digest_before != published.digest
+        if server.digest is not None and None not in (before, after):
+            changed = server.digest != published.digest
             if (before != after) != changed:
                 says = "the same" if changed else "others"
                 raise Fault("version", f"{server.url}: its checksums are {says} after an update to {published.label}")
-        server.label = published.label
+        server.label, server.digest = published.label, published.digest
         return after
     finally:
         await server.call("/continue_generation", {})

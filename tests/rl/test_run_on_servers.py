@@ -1,0 +1,193 @@
+"""Whole runs whose responses come from servers: what is recorded, and what is left when the servers go."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from m1jax.errors import EngineLost, UserError
+from m1jax.rl.loop import train
+from m1jax.train.interrupt import Interrupted
+from tests import runs
+from tests.sglang_double import Double
+
+EOS = runs.TOKENS.index("<eos>")
+
+
+def script(ids):
+    """`<think></think><answer>D</answer><eos>` with a digit that hangs on how often it was asked; or the rest of it."""
+    script.calls += 1
+    before, last = (runs.TOKENS[i] for i in ids[-2:])
+    order = ("<think>", "</think>", "<answer>", "a digit", "</answer>")
+    done = 4 if before == "<answer>" else order.index(last) + 1 if last in order else 0
+    digit = str(int(np.random.default_rng(script.calls).integers(10)))
+    text = ("<think>", "</think>", "<answer>", digit, "</answer>", "<eos>")
+    return [(runs.TOKENS.index(t), -2.3 if t == digit else -0.01) for t in text[done:]]
+
+
+script.calls = 0
+
+
+def double(**options) -> Double:
+    return Double(**dict(vocab_size=20, eos_ids=(EOS,), script=script) | options)
+
+
+def config(folder, *doubles, **changes):
+    servers = dict(urls=tuple(d.url for d in doubles), patience_s=5.0, stall_s=2.0) | changes.pop("servers", {})
+    return runs.rl_config(folder, **dict(servers=servers, init_from=runs.save_bigram(folder)) | changes)
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_records_what_the_servers_went_through(tmp_path):
+    said = []
+    with double() as a, double() as b:
+        result = train(config(tmp_path, a, b), tmp_path / "run", log=said.append)
+        assert [row["step"] for row in result.metrics] == [0, 1, 2, 3]
+        for row in result.metrics[1:]:
+            assert row["engine/servers"] == 2 and row["engine/faults"] == 0 and row["engine/requests"] >= 32
+            assert row["sync/bytes"] > 0 and row["sync/seconds"] > 0 and row["engine/client_cpu"] >= 0
+            assert row["train/updates_applied"] > 0
+        # Every version went to both, and the run waits for none of them at its end.
+        updates = [
+            [r.body["weight_version"][:8] for r in d.received if r.path == "/update_weights_from_disk"] for d in (a, b)
+        ]
+        assert updates == [["00000000", "00000001", "00000002", "00000003"]] * 2
+    weights = sorted(f.name for f in (tmp_path / "run" / "weights").iterdir())
+    assert [name[:8] for name in weights] == ["00000001", "00000002", "00000003"]
+    assert (tmp_path / "run" / "weights" / weights[0] / "tokenizer.json").is_file()
+    assert not any("key" in line.lower() for line in said)
+    assert "rollout servers" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_when_the_servers_are_gone_it_saves_exits_75_and_goes_on_later(tmp_path, step, monkeypatch):
+    """Lost in the rollouts, or in the sync, of any step: every step is recorded once, evaluations are all there."""
+    with double() as a:
+        made = config(tmp_path, a, servers=dict(patience_s=2.0))
+        load = a._load
+
+        async def gone_at(body, waited):
+            if body["weight_version"].startswith(f"{step:08d}") and not gone_at.over:
+                gone_at.over = True
+                await a._crash()
+            return await load(body, waited)
+
+        gone_at.over = False
+        monkeypatch.setattr(a, "_load", gone_at)
+        error = Interrupted if step else EngineLost  # at a start there is nothing to save
+        with pytest.raises(error, match="no rollout server for 2 s: http://127.0.0.1:.* Cannot connect") as lost:
+            train(made, tmp_path / "run", log=lambda _: None)
+        if step:
+            assert isinstance(lost.value, Interrupted) and lost.value.exit_code == 75
+            assert [r["step"] for r in rows(tmp_path / "run")] == list(range(step))
+        a.restart()
+        result = train(made, tmp_path / "run", log=lambda _: None)
+    assert [row["step"] for row in result.metrics] == [0, 1, 2, 3]
+    assert result.metrics[0]["heldout/sums/mean"] >= 0 and "heldout/sums/mean" in result.metrics[3]
+    assert set(result.summary["heldout"]["sums"]) == {"majority", "before", "after"}
+    assert all(row["train/updates_applied"] >= 0 for row in result.metrics[1:])
+
+
+def test_servers_that_come_back_in_time_cost_nothing_but_time(tmp_path):
+    with double(seconds_per_token=0.01) as a:
+
+        def restart():
+            time.sleep(1.0)
+            for _ in range(2):
+                a.kill()
+                time.sleep(0.4)
+                a.restart()
+                time.sleep(0.5)
+
+        thread = threading.Thread(target=restart)
+        thread.start()
+        result = train(config(tmp_path, a, steps=6), tmp_path / "run", log=lambda _: None)
+        thread.join()
+    assert [row["step"] for row in result.metrics] == list(range(7))
+    assert sum(row["engine/servers_out"] for row in result.metrics) >= 1
+    assert all(row["rollout/tokens"] == 4 * 8 * 6 for row in result.metrics[1:])
+
+
+@pytest.mark.parametrize(("staleness", "unfinished"), [(1, "wait"), (2, "wait"), (3, "next_batch")])
+def test_batches_asked_ahead_are_no_older_than_the_bound(tmp_path, staleness, unfinished):
+    changes = dict(rollout__staleness=staleness, rollout__unfinished=unfinished, steps=6)
+    with double(seconds_per_token=0.002) as a:
+        result = train(config(tmp_path, a, **changes), tmp_path / "run", log=lambda _: None)
+    ages = [row["rollout/staleness_largest"] for row in result.metrics[1:]]
+    assert ages[0] == 0 and max(ages) <= staleness and (max(ages) == staleness or unfinished == "next_batch")
+    assert all("rollout/dropped_stale" in row for row in result.metrics[1:])
+
+
+def test_the_local_engine_can_be_asked_ahead_too_and_a_resumed_run_asks_what_is_missing(tmp_path):
+    changes = dict(rollout__staleness=1, init_from=runs.save_bigram(tmp_path), steps=5, rollout__save=True)
+    config_ = runs.rl_config(tmp_path, **changes)
+    result = train(config_, tmp_path / "run", log=lambda _: None)
+    ages = [row["rollout/staleness_largest"] for row in result.metrics[1:]]
+    assert ages == [0, 1, 1, 1, 1]
+    # The engine's log-probabilities are of older weights, so that the first update is off policy already.
+    first = [row["ratio/abs_log_first_update"] for row in result.metrics[1:]]
+    assert first[0] < 1e-4 < min(first[1:])
+    asked = [sorted(np.load(f)["prompt_index"].tolist()) for f in sorted((tmp_path / "run" / "rollouts").iterdir())]
+    assert asked == [list(range(4 * s, 4 * s + 4)) for s in range(5)]
+
+    replayed = train(
+        runs.rl_config(tmp_path, init_from=changes["init_from"], steps=5, rollout__replay=str(tmp_path / "run")),
+        tmp_path / "replayed", log=lambda _: None,
+    )  # fmt: skip
+    assert [r["train/loss"] for r in replayed.metrics[1:]] == [r["train/loss"] for r in result.metrics[1:]]
+
+
+def test_a_run_asked_ahead_is_resumed_with_fresh_answers_to_the_same_prompts(tmp_path):
+    changes = dict(rollout__staleness=1, init_from=runs.save_bigram(tmp_path), steps=4, rollout__save=True)
+
+    class Stop(Exception): ...
+
+    def stop(line):
+        if "step 3" in line:
+            raise Stop
+
+    from m1jax.rl import loop
+
+    original, seen = loop.finish_step, []
+
+    def finish_step(run, metrics):
+        original(run, metrics)
+        seen.append(run.step)
+        if run.step == 2 and seen == [1, 2]:
+            raise Stop
+
+    loop.finish_step = finish_step
+    try:
+        with pytest.raises(Stop):
+            train(runs.rl_config(tmp_path, **changes), tmp_path / "run", log=lambda _: None)
+        result = train(runs.rl_config(tmp_path, **changes), tmp_path / "run", log=lambda _: None)
+    finally:
+        loop.finish_step = original
+    assert [row["step"] for row in result.metrics] == [0, 1, 2, 3, 4]
+    assert [row["rollout/staleness_largest"] for row in result.metrics[1:]] == [0, 1, 0, 1]
+    asked = [sorted(np.load(f)["prompt_index"].tolist()) for f in sorted((tmp_path / "run" / "rollouts").iterdir())]
+    assert asked == [list(range(4 * s, 4 * s + 4)) for s in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(rollout__staleness=-1), "config.rollout.staleness: -1 must be at least 0"),
+        (dict(rollout__unfinished="never"), "config.rollout.unfinished: 'never' must be one of"),
+        (dict(rollout__unfinished="next_batch", rollout__staleness=1), "config.rollout.unfinished: 'next_batch' with"),
+        (dict(rollout__staleness=1, rollout__replay="runs/x"), "config.rollout.staleness: 1, and a replay generates"),
+        (dict(servers=dict(urls=("http://h:1",)), rollout__replay="x"), "config.servers: .* would not be asked"),
+        (dict(servers=dict(urls=("h:1",))), "config.servers.urls: 'h:1' must look like"),
+        (dict(servers=dict(url="http://h:1")), "config.servers.url: unknown key; did you mean urls"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        runs.rl_config(tmp_path, **changes)
