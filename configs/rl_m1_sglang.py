@@ -1,13 +1,13 @@
-r"""CISPO on MiniMax-M1 itself, 456B parameters, with SGLang servers as the samplers (arXiv 2506.13585, sections 3 and 4).
+r"""CISPO on MiniMax-M1 itself, 456B parameters, with SGLang servers as the samplers (arXiv 2506.13585).
 
     python -m experiments.convert_weights --from=MiniMax-M1-40k --to=/shared/m1
-    PLATFORM=cuda HOST=0.0.0.0 launch/sglang.sh /shared/MiniMax-M1-40k 30000 --tp-size 8 --context-length 45056   # each host
+    PLATFORM=cuda HOST=0.0.0.0 launch/sglang.sh /shared/MiniMax-M1-40k 30000 --tp-size 8 --context-length 45056
     python -m experiments.train_rl --config=configs/rl_m1_sglang.py --workdir=/shared/rl_m1 --init_from=/shared/m1
 
-Servers need the package `m1jax.serving` (BUILD.md, "Serving MiniMax-M1 with SGLang"). Never run, and not yet to be run:
-the trainer needs its parameters sharded over many hosts. The paper gives neither batch nor group sizes nor learning rate
-of its RL; they are DAPO's (arXiv 2503.14476), and the cap is ours. Data: rl_qwen2_5_32b_cispo.py says how the file is
-made.
+The second line on every rollout host, in an environment with the package `m1jax.serving` (BUILD.md, "Serving MiniMax-M1
+with SGLang"). Never run, and not yet to be run: the trainer needs its parameters sharded over many hosts. The paper gives
+neither batch nor group sizes nor learning rate of its RL; they are DAPO's (arXiv 2503.14476), and the cap is ours. Data:
+rl_qwen2_5_32b_cispo.py says how the file is made.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +32,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 dynamic_sampling=True,  # section 3.1
                 max_prompts=1536,
                 staleness=1,
-                router_replay="off",  # "use" replays the servers' experts: start them with --enable-return-routed-experts
+                router_replay="off",  # "use" needs servers with --enable-return-routed-experts
             ),
             sampling=dict(
                 max_tokens=40_960,  # the first window, section 4.2; then 48K to 80K

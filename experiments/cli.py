@@ -244,7 +244,9 @@ def _lay(config: dict[str, Any], key: str, texts: list[str]) -> None:
     *parents, last = key.split(".")
     section = config
     for parent in parents:
-        section = section.setdefault(parent, {})
+        if section.get(parent) is None:  # no such section yet, or one that is left out
+            section[parent] = {}
+        section = section[parent]
         if not isinstance(section, dict):
             raise UserError(f"config.{key}: {parent} is a value, not a section")
     present = section.get(last)

@@ -38,10 +38,15 @@ read -r -a flags <<<"${SERVER_FLAGS:-}"
 LOG=$workdir.server.log launch/sglang.sh "$served" "$port" "${flags[@]}" &
 server=$!
 
-# The trainer waits for the server by itself. A signal to this script reaches it, and it saves.
+# The trainer waits for the server by itself. A signal to this script goes on to it; it saves, and its exit code is ours.
 "$python" -m experiments.train_rl --config="$config" --workdir="$workdir" --init_from="$init_from" \
     --config.servers.urls="http://127.0.0.1:$port" "$@" &
 trainer=$!
+trap 'kill -INT "$trainer"' INT
+trap 'kill -TERM "$trainer"' TERM
+while kill -0 "$trainer" 2>/dev/null; do
+    wait "$trainer" || true # a signal ends the wait, not the trainer
+done
 code=0
 wait "$trainer" || code=$?
 trainer=''
