@@ -5,8 +5,9 @@ r"""CISPO on Qwen2.5-32B-base as rl_qwen2_5_32b_cispo.py has it, with SGLang ser
     python -m experiments.train_rl --config=configs/rl_qwen2_5_32b_sglang.py --workdir=/shared/qwen2_5_32b_sglang \
         --init_from=runs/qwen2_5_32b --config.servers.urls='("http://rollout-0:30000","http://rollout-1:30000")'
 
-The second line on every rollout host. The run folder has to be on a disk that the servers see under the same
-path: weights go through it, 66 GB in bfloat16 for each of the three versions that are kept. Never run here, for the trainer's side see the config that this one changes.
+The second line on every rollout host. The run folder has to be on a disk that the servers see under the same path:
+weights go through it, 66 GB in bfloat16 for each of the three versions that are kept. Never run here; for the trainer's
+side see the config that this one changes.
 """
 
 from ml_collections import ConfigDict
