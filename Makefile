@@ -3,14 +3,17 @@
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.m1jax-setup
+SGLANG_VENV ?= .venv-sglang
+SGLANG_STAMP := $(SGLANG_VENV)/.m1jax-setup
+SGLANG_LISTS := m1jax/serving/cpu/requirements.txt m1jax/serving/cpu/requirements-no-deps.txt
 # Two workers fill a small machine; the compiled programs are kept, so that the second run is quicker.
 PYTEST := JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format study bench bench-kernels
+.PHONY: help setup demo test test-slow sglang-env sglang-test lint format study bench bench-kernels
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP)  ## virtual environment in $(VENV); PYTHON=/path/to/python and VENV=folder override
 
@@ -18,10 +21,15 @@ demo: setup  ## SFT, then CISPO, then the before/after table: some ten minutes o
 	$(RUN) -m experiments.demo.run --workdir=runs/demo
 
 test: setup  ## the fast suite
-	$(PYTEST) -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu and not sglang"
 
 test-slow: setup  ## the tests that take longer
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not sglang"
+
+sglang-env: $(SGLANG_STAMP)  ## an SGLang server for CPUs in $(SGLANG_VENV), 3 GB; SGLANG_VENV=folder overrides
+
+sglang-test: setup sglang-env  ## the tests that start real SGLang servers, one after another
+	JAX_PLATFORMS=cpu SGLANG_VENV=$(SGLANG_VENV) $(RUN) -m pytest -m sglang
 
 lint: setup  ## format, rules, types
 	$(RUN) -m ruff format --check .
@@ -64,4 +72,23 @@ $(STAMP): pyproject.toml
 	    "$(RUN)" -c "$$new_enough" 2>/dev/null || "$$python" -m venv --clear "$(VENV)"; \
 	    "$(RUN)" -m pip install --quiet --disable-pip-version-check -e "$$extras"; \
 	fi; \
+	touch "$@"
+
+# Python 3.11 first again: the lists were run together with it, and sglang has a wheel for each Python.
+$(SGLANG_STAMP): pyproject.toml $(SGLANG_LISTS)
+	@set -eu; \
+	python=''; \
+	for candidate in $(or $(PYTHON),python3.11 python3.12); do \
+	    if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "an SGLang server needs Python 3.11 or 3.12, found neither; name one: make sglang-env PYTHON=/path/to/python3" >&2; \
+	    exit 2; \
+	fi; \
+	echo "setting up $(SGLANG_VENV) with $$("$$python" --version); minutes and 3 GB the first time"; \
+	pip="$(SGLANG_VENV)/bin/python -m pip install --quiet --disable-pip-version-check"; \
+	[ -x "$(SGLANG_VENV)/bin/python" ] || "$$python" -m venv "$(SGLANG_VENV)"; \
+	$$pip -r m1jax/serving/cpu/requirements.txt; \
+	$$pip --no-deps -r m1jax/serving/cpu/requirements-no-deps.txt; \
+	$$pip --no-deps -e .; \
 	touch "$@"

@@ -1,0 +1,62 @@
+"""What SGLang is told about MiniMax-M1, in each of its processes: the entry point `sglang.srt.plugins`.
+
+The launcher reads config.json before any model is imported, so the config class has to be known that early; the model
+itself is found by SGLANG_EXTERNAL_MODEL_PACKAGE=m1jax.serving.models, which launch/sglang.sh sets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def register() -> None:
+    """Register the configs, the kind of hybrid, and the check that stands before every update of weights."""
+    from sglang.srt.configs.linear_attn_model_registry import LinearAttnModelSpec, register_linear_attn_model
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from transformers import AutoConfig
+
+    from m1jax.serving.config import CONFIGS, MiniMaxM1Config
+
+    for config in CONFIGS:
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    register_linear_attn_model(
+        LinearAttnModelSpec(
+            config_class=MiniMaxM1Config,
+            backend_class_name="m1jax.serving.backend.lightning_backend",
+            arch_names=["MiniMaxM1ForCausalLM", "MiniMaxText01ForCausalLM"],
+            uses_mamba_radix_cache=True,
+            support_mamba_cache=True,
+            support_mamba_cache_extra_buffer=True,  # SGLang's GPU backend; ours refuses it
+        )
+    )
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_disk",
+        refuse_bad_folders,
+        HookType.AROUND,
+    )
+    _plain_host_memory_without_a_gpu()
+
+
+def _plain_host_memory_without_a_gpu() -> None:
+    """Let the record of routed experts lie in ordinary memory: on a CPU, SGLang would register it with CUDA."""
+    import torch
+    from sglang.srt.mem_cache.pool_host.common import ALLOC_MEMORY_FUNCS
+
+    if not torch.cuda.is_available():
+        ALLOC_MEMORY_FUNCS["cpu"] = lambda dims, dtype, **_: torch.empty(dims, dtype=dtype)
+
+
+def refuse_bad_folders(update: Any, updater: Any, model_path: str, *args: Any, **options: Any) -> tuple[bool, str]:
+    """Update from `model_path` if it holds exactly this model's tensors; else say what is wrong and touch nothing.
+
+    The answer to the request is then 400 with this message, and the old weights go on serving. Models that are not
+    ours are updated as SGLang does it.
+    """
+    from m1jax.serving.checkpoint import folder_problems
+    from m1jax.serving.config import MiniMaxM1Config
+
+    config = updater.model_config.hf_config
+    if isinstance(config, MiniMaxM1Config) and (problems := folder_problems(Path(model_path), config)):
+        return False, f"weights not updated, the old ones serve: {'; '.join(problems)}"
+    return update(updater, model_path, *args, **options)
