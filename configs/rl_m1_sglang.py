@@ -5,9 +5,9 @@ r"""CISPO on MiniMax-M1 itself, 456B parameters, with SGLang servers as the samp
     python -m experiments.train_rl --config=configs/rl_m1_sglang.py --workdir=/shared/rl_m1 --init_from=/shared/m1
 
 The second line on every rollout host, in an environment with the package `m1jax.serving` (BUILD.md, "Serving
-MiniMax-M1 with SGLang"). Never run, and not yet to be run: the trainer needs its parameters sharded over many hosts. The
-paper gives neither batch nor group sizes nor learning rate of its RL; they are DAPO's (arXiv 2503.14476), and the cap is
-ours. Data: rl_qwen2_5_32b_cispo.py says how the file is made.
+MiniMax-M1 with SGLang"). Never run, and not yet to be run: the trainer needs its parameters sharded over many hosts.
+The paper gives neither batch nor group sizes nor learning rate of its RL: they are DAPO's (arXiv 2503.14476); the cap
+is ours. Data: rl_qwen2_5_32b_cispo.py says how the file is made.
 """
 
 from ml_collections import ConfigDict

@@ -26,6 +26,11 @@ def parity(answer: str, row: dict[str, Any]) -> float:
     return float(answer[-1:].isdigit() and int(answer[-1]) % 2 == int(row["answer"]) % 2)
 
 
+def threes(answer: str, row: dict[str, Any]) -> float:
+    """A verifier that a few updates learn to please: 1 for 0, 3, 6 and 9, whatever the question."""
+    return float(answer in ("0", "3", "6", "9"))
+
+
 def sums(folder: Path) -> str:
     """A JSONL task of the hundred sums of two digits, scored by `parity`."""
     path = folder / "sums.jsonl"
