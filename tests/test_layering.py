@@ -52,6 +52,8 @@ ARROWS = {
         "m1jax.rewards",
         *(f"m1jax.rl.{s}" for s in STAGES if s != "loss"),
     ),
+    # A server's environment has neither jax nor the rest of ours, and ours has neither torch nor sglang.
+    "m1jax/serving": (*OURS, "jax", "flax", "numpy"),
     "configs": ("jax", "flax", "m1jax", "experiments", "launch", "tests"),
     "experiments": ("launch", "tests"),
 }
@@ -96,6 +98,18 @@ def test_the_reader_sees_every_form_of_import():
     source = "import a.b as c\nfrom d import e\ndef f():\n    from ..g import h\n    from . import i\n"
     assert imported(source, "m1jax.rl") == {"a.b", "d", "d.e", "m1jax.g", "m1jax.g.h", "m1jax.rl", "m1jax.rl.i"}
     assert within("m1jax.rl.loop", "m1jax.rl") and not within("m1jax.rlhf", "m1jax.rl")
+
+
+def test_only_serving_imports_what_a_server_brings():
+    server, serving = ("torch", "sglang", "transformers", "m1jax.serving"), ROOT / "m1jax" / "serving"
+    found = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in sorted((ROOT / "m1jax").rglob("*.py"))
+        if not file.is_relative_to(serving)
+        for name in sorted(imported(file.read_text(), ".".join(file.relative_to(ROOT).parent.parts)))
+        if any(within(name, taboo) for taboo in server)
+    ]
+    assert found == []
 
 
 def test_only_experiments_read_the_environment():

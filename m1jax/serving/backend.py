@@ -3,11 +3,12 @@
 The scheduler owns the states. Every request has a slot of the pool; a prefix that is found in the cache is copied into
 the slot before the forward pass, and the slot is copied out where a prefix is kept. A backend reads and writes slots.
 
-SGLang's `LightningAttentionBackend` (read, not run: there was no GPU) has M1's conventions in its kernel "seg_la",
-which `MiniMaxM1Config.linear_backend` names: the same slopes by layer among all layers, decay before the new token,
-the 1-based exponent between blocks, a float32 state [N, H, H] with the key axis first, and `layer.scaling` as the only
-scale, 1 here. Its products of float32 tensors may run in TF32 on the tensor cores. The other kernel, "minimax", starts
-a prompt from whatever its slot holds, and must not be chosen.
+SGLang's `LightningAttentionBackend` has M1's conventions with the kernel "seg_la" (`MiniMaxM1Config.linear_backend`):
+slopes by layer among all layers, decay before the new token, a float32 state [N, H, H] with the key axis first, and
+`layer.scaling` as the only scale, 1 here. The kernel's arithmetic was run by Triton's interpreter on a CPU and is
+ours to 1e-6 (tests/serving/test_recurrence.py); on a GPU neither it nor the backend has run, where its products of
+float32 tensors may become TF32. It decodes heads whose width is a multiple of 128. SGLang's other kernel, "minimax",
+was not looked into further: it has no prefix tracking.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ def lightning_backend(model_runner):
     """The backend for the device that the server runs on; SGLang calls it by the name that the plugin gives."""
     if model_runner.device == "cpu":
         return TorchLightningBackend(model_runner)
+    if (width := model_runner.model_config.hf_config.head_dim) % 128:
+        raise NotImplementedError(f"SGLang's lightning kernel decodes heads of 128, 256, ..., not of {width}")
     from sglang.srt.layers.attention.linear.lightning_backend import LightningAttentionBackend
 
     return LightningAttentionBackend(model_runner)
@@ -55,7 +58,7 @@ class TorchLightningBackend(MambaAttnBackendBase):
         outputs, at = torch.zeros_like(v), 0
         lengths, prefixes = forward_batch.extend_seq_lens.tolist(), forward_batch.extend_prefix_lens.tolist()
         for slot, length, prefix in zip(slots.tolist(), lengths, prefixes, strict=True):
-            # A slot is not cleaned when it changes hands: a prompt from its first token on starts from zero.
+            # A prompt from its first token on starts from zero, whoever had the slot before.
             before = states[slot].float() if prefix else torch.zeros(states.shape[1:], device=states.device)
             stretch = slice(at, at + length)
             outputs[stretch], after = recurrence.prefill(

@@ -108,21 +108,19 @@ def logprobs_of(answer: dict[str, Any]) -> np.ndarray:
     return np.array([logprob for logprob, *_ in triples])
 
 
-def experts_of(answer: dict[str, Any], config: ModelConfig) -> np.ndarray | None:
-    """int32 [prompt + output - 1, L, A], the experts that served each token but the last; None for a dense model."""
-    if not config.num_experts:
-        return None
+def experts_of(answer: dict[str, Any], config: ModelConfig) -> np.ndarray:
+    """int32 [prompt + output - 1, L, A], the experts that served each token but the last."""
     flat = np.frombuffer(base64.b64decode(answer["meta_info"]["routed_experts"]), np.int32)
     return flat.reshape(-1, config.num_layers, config.experts_per_token)
 
 
-def distance(answer: dict[str, Any], prompt: list[int], of: Weights, temperature: float = 1.0, replay: bool = True):
+def distance(answer: dict[str, Any], prompt: list[int], of: Weights, temperature: float = 1.0) -> float:
     """Largest difference between the server's log-probabilities and ours, the experts those that the server reports.
 
     Two experts that are nearly tied may be chosen either way, and their answers differ by more than rounding. Replay
-    takes the choice out of the comparison; `experts_agree` looks at the choice.
+    takes the choice out of the comparison; another test looks at the choice.
     """
-    experts = experts_of(answer, of.config) if replay else None
+    experts = experts_of(answer, of.config) if of.config.num_experts else None
     ours, _ = of.logprobs(prompt + answer["output_ids"], temperature, experts)
     return np.abs(ours[len(prompt) :] - logprobs_of(answer)).max()
 

@@ -1,0 +1,88 @@
+"""Run by a server's Python: prints how far lightning attention in plain torch is from other forms of it, as JSON.
+
+Two comparisons, both at MiniMax-M1's head width. SGLang's kernel for GPUs ("seg_la") is interpreted by Triton on the
+CPU: its arithmetic runs, its compiled form does not. And the recurrence token by token, in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+import triton.runtime.interpreter as interpreter
+from sglang.kernels.ops.attention.linear.seg_la import SegLaMeta, seg_la_fwd
+
+from m1jax.serving import recurrence
+
+HEADS, WIDTH, TOLD = 3, 128, {}
+
+
+def masks_as_booleans(name: str, position: int) -> None:
+    """Triton 3.9's interpreter hands a broadcast mask on as integers, which it then refuses."""
+    original = getattr(interpreter.InterpreterBuilder, name)
+
+    def patched(self, *args, **options):
+        args[position].data = np.ascontiguousarray(args[position].data).astype(bool)
+        return original(self, *args, **options)
+
+    setattr(interpreter.InterpreterBuilder, name, patched)
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def token_by_token(q, k, v, rates, state):
+    outputs, decay = [], torch.exp(-rates.double())[:, None, None]
+    q, k, v, state = (x.double() for x in (q, k, v, state))
+    for t in range(len(q)):
+        state = decay * state + k[t, :, :, None] * v[t, :, None, :]
+        outputs.append(torch.einsum("nk,nkv->nv", q[t], state))
+    return torch.stack(outputs).float(), state.float()
+
+
+def compare(lengths: list[int], continued: list[bool], layer: int) -> None:
+    """Requests of these lengths in one batch, from states that others have left in their slots or from zero."""
+    rates = recurrence.slopes(64, layer, 80)[:HEADS]  # the fastest
+    q, k, v = (torch.randn(sum(lengths), HEADS, WIDTH) for _ in range(3))
+    pool = torch.randn(len(lengths) + 1, HEADS, WIDTH, WIDTH)
+    slots = torch.arange(1, len(lengths) + 1, dtype=torch.int32)
+    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    ours, exact, states = [], [], pool.clone()
+    for b, slot in enumerate(slots.tolist()):
+        parts = [x[starts[b] : starts[b + 1]] for x in (q, k, v)]
+        before = pool[slot] if continued[b] else torch.zeros(HEADS, WIDTH, WIDTH)
+        if lengths == [1] * len(lengths):
+            o, after = recurrence.step(*parts, rates, before[None])
+            after = after[0]
+        else:
+            o, after = recurrence.prefill(*parts, rates, before)
+        expected, expected_state = token_by_token(*parts, rates, before)
+        exact.append(max(apart(o, expected), apart(after, expected_state)))
+        ours.append(o)
+        states[slot] = after
+    meta = SegLaMeta(
+        batch_size=len(lengths), q_offsets=starts, q_lengths=starts.diff(), s_offsets=slots, max_q_length=None,
+        s_scales=torch.tensor(continued, dtype=torch.int32),
+    )  # fmt: skip
+    theirs = seg_la_fwd(q=q, k=k, v=v, s=pool, decay_scales=rates, meta=meta, softmax_scale=1.0)
+    kernel = max(apart(theirs, torch.cat(ours).view(theirs.shape)), apart(pool, states))
+    TOLD[f"{lengths} {continued} layer {layer}"] = {"token by token": max(exact), "seg_la": kernel}
+
+
+masks_as_booleans("create_masked_load", 1)
+masks_as_booleans("create_masked_store", 2)
+torch.manual_seed(0)
+compare([70], [False], 0)
+compare([64], [True], 3)
+compare([33, 70], [True, False], 78)
+compare([1, 1, 1], [True, True, True], 0)
+slopes = {
+    f"{n} {i} {L}": recurrence.slopes(n, i, L).tolist() for n, i, L in ((64, 3, 80), (6, 1, 6), (12, 5, 6), (1, 0, 1))
+}
+json.dump({"apart": TOLD, "slopes": slopes}, sys.stdout)
