@@ -31,7 +31,7 @@ ODD = ModelConfig(
     softmax_beta=1.3, mlp_beta=0.7, postnorm=False, tied_embeddings=True, init_std=0.2,
     layer_pattern=("lightning", "softmax", "lightning"),
 )  # fmt: skip
-"""What the recorded models do not have: six heads, pre-norm, a tied head, three experts a token."""
+"""What the recorded models do not have: six heads, pre-norm, a tied head, three experts a token; Text-01's names."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,11 @@ def weights(name: str, folder: Path) -> Weights:
     """The recorded model `name`, or "odd", which is written to `folder`."""
     if name != "odd":
         return Weights(GOLDENS / name)
-    return _write(folder, ODD, transformer.init(jax.random.key(0), ODD))
+    odd = _write(folder, ODD, transformer.init(jax.random.key(0), ODD))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "MiniMaxText01", "architectures": ["MiniMaxText01ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return odd
 
 
 def perturbed(original: Weights, folder: Path, seed: int = 1, scale: float = 0.05) -> Weights:

@@ -175,9 +175,12 @@ def test_update_between_requests(served):
 
 
 def test_update_in_the_middle_of_an_answer(served):
-    """Tokens before the pause are of the old weights, tokens after it of the new ones, and the server says which."""
+    """Tokens before the pause are of the old weights, tokens after it of the new ones, and the server says which.
+
+    The experts are not: a retracted answer is computed anew, and those of its old tokens are the new weights' too.
+    """
     ids, output, logprobs, meta = prompt(30, 7), [], [], {}
-    for event in served.server.stream(ids, max_new_tokens=1000):
+    for event in served.server.stream(ids, max_new_tokens=1000, **served.options):
         output += event["output_ids"]
         logprobs += [logprob for logprob, *_ in event["meta_info"]["output_token_logprobs"]]
         if len(output) == 20:
@@ -188,10 +191,14 @@ def test_update_in_the_middle_of_an_answer(served):
     spans = meta["weight_versions"]
     assert [span["version"] for span in spans] == ["old", "new"], spans
     assert 20 <= spans[0]["end"] == spans[1]["start"] < spans[1]["end"] == len(output) == 1000
-    for span, of in zip(spans, (served.old, served.new), strict=True):
-        ours, _ = of.logprobs(ids + output)
+    experts = models.experts_of({"meta_info": meta}, served.new.config) if served.name in HYBRID else None
+    for span, of, recorded in zip(spans, (served.old, served.new), (None, experts), strict=True):
+        ours, _ = of.logprobs(ids + output, experts=recorded)
         stretch = slice(span["start"], span["end"])
         assert np.abs(ours[len(ids) :][stretch] - logprobs[stretch]).max() < TOLERANCE, span
+    if experts is not None:
+        _, ours = served.new.logprobs(ids + output)
+        assert (experts != ours[:-1]).mean() < 1e-3
     assert served.server.update(served.old.folder, "old")[0] == 200
 
 
