@@ -66,26 +66,37 @@ def problems(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[in
 def folder_problems(folder: Path, config: MiniMaxM1Config) -> list[str]:
     """Why the weights of `folder` must not replace those of a model with `config`; [] where they may."""
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        index = folder / "model.safetensors.index.json"
-        files = sorted(folder.glob("*.safetensors"))
-        if index.is_file():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        shapes: dict[str, tuple[int, ...]] = {}
-        doubled = []
-        for file in files:
-            header = _header(file)
-            doubled += [name for name in header if name in shapes]
-            shapes |= header
-    except (OSError, ValueError, KeyError, struct.error) as error:
+        values, shapes = json.loads((folder / "config.json").read_text(encoding="utf-8")), tensors(folder)
+    except (OSError, ValueError) as error:
         return [f"{folder} cannot be read: {error}"]
-    lines = [f"tensors in two files: {_list(doubled)}"] if doubled else []
+    lines = []
     for key in (*REQUIRED, *ONLY):
         mine = config.expert_dim if key == "intermediate_size" else getattr(config, key, None)
         theirs = values.get(key, mine if key in ONLY else None)
         if theirs != mine and theirs not in ONLY.get(key, ()):
             lines.append(f"config.json: {key} is {theirs!r:.80}, the server's is {mine!r:.80}")
     return lines + problems(shapes, expected(config))
+
+
+def tensors(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a folder, from the headers of its safetensors files.
+
+    Raises:
+        OSError, ValueError: a file is not there, not whole, or not one; a tensor is in two of them.
+    """
+    index, shapes = folder / "model.safetensors.index.json", {}
+    try:
+        files = sorted(folder.glob("*.safetensors"))
+        if index.is_file():
+            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        for file in files:
+            header = _header(file)
+            if doubled := [name for name in header if name in shapes]:
+                raise ValueError(f"tensors in two files: {_list(doubled)}")
+            shapes |= header
+    except (KeyError, AttributeError, struct.error) as error:
+        raise ValueError(f"damaged: {error}") from error
+    return shapes
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:

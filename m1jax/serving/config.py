@@ -96,17 +96,33 @@ class MiniMaxM1Config(PretrainedConfig):
         return Mamba2CacheParams(shape=shape, layers=self.linear_layer_ids, dtype=mamba2_state_dtype(self))
 
 
-class _ReleasedM1Config(MiniMaxM1Config):
+# One class for each other spelling of `model_type`: Transformers asks that the file's and the class's agree. Each has
+# an __init__ of its own, else Transformers makes it a dataclass that skips ours; and a name, because it is pickled.
+class ReleasedM1Config(MiniMaxM1Config):
+    """`MiniMaxM1Config` as M1's released code spells it."""
+
     model_type = "MiniMaxM1"
 
+    def __init__(self, **values: Any):
+        super().__init__(**values)
 
-class _Text01Config(MiniMaxM1Config):
+
+class Text01Config(MiniMaxM1Config):
+    """`MiniMaxM1Config` as Text-01's config.json spells it."""
+
     model_type = "minimax_text_01"
 
+    def __init__(self, **values: Any):
+        super().__init__(**values)
 
-class _ReleasedText01Config(MiniMaxM1Config):
+
+class ReleasedText01Config(MiniMaxM1Config):
+    """`MiniMaxM1Config` as Text-01's released code spells it."""
+
     model_type = "MiniMaxText01"
 
+    def __init__(self, **values: Any):
+        super().__init__(**values)
 
-CONFIGS = (MiniMaxM1Config, _ReleasedM1Config, _Text01Config, _ReleasedText01Config)
-"""One class for each spelling of `model_type`: Transformers asks that the two agree."""
+
+CONFIGS = (MiniMaxM1Config, ReleasedM1Config, Text01Config, ReleasedText01Config)

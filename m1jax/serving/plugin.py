@@ -11,7 +11,7 @@ from typing import Any
 
 
 def register() -> None:
-    """Register the configs, the kind of hybrid, and the check that stands before every update of weights."""
+    """Register the configs, the kind of hybrid, and the check that stands before every update, whatever the model."""
     from sglang.srt.configs.linear_attn_model_registry import LinearAttnModelSpec, register_linear_attn_model
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from transformers import AutoConfig
@@ -48,15 +48,34 @@ def _plain_host_memory_without_a_gpu() -> None:
 
 
 def refuse_bad_folders(update: Any, updater: Any, model_path: str, *args: Any, **options: Any) -> tuple[bool, str]:
-    """Update from `model_path` if it holds exactly this model's tensors; else say what is wrong and touch nothing.
+    """Update from `model_path` if it holds exactly the tensors of the model; else say what is wrong and touch nothing.
 
-    The answer to the request is then 400 with this message, and the old weights go on serving. Models that are not
-    ours are updated as SGLang does it.
+    The answer to the request is then 400 with this message, and the old weights go on serving. What another model than
+    ours needs is what the folder held that it was started from; one that is no folder of safetensors is not checked.
     """
-    from m1jax.serving.checkpoint import folder_problems
+    from m1jax.serving.checkpoint import folder_problems, problems, tensors
     from m1jax.serving.config import MiniMaxM1Config
 
-    config = updater.model_config.hf_config
-    if isinstance(config, MiniMaxM1Config) and (problems := folder_problems(Path(model_path), config)):
-        return False, f"weights not updated, the old ones serve: {'; '.join(problems)}"
+    config, folder = updater.model_config.hf_config, Path(model_path)
+    if isinstance(config, MiniMaxM1Config):
+        found = folder_problems(folder, config)
+    else:
+        model = updater.get_model()
+        try:
+            if not hasattr(model, "first_tensors"):  # the first update is about to change model_path
+                model.first_tensors = _tensors_or_none(Path(updater.model_config.model_path))
+            found = problems(tensors(folder), model.first_tensors) if model.first_tensors else []
+        except (OSError, ValueError) as error:
+            found = [f"{folder} cannot be read: {error}"]
+    if found:
+        return False, f"weights not updated, the old ones serve: {'; '.join(found)}"
     return update(updater, model_path, *args, **options)
+
+
+def _tensors_or_none(folder: Path) -> dict[str, tuple[int, ...]] | None:
+    from m1jax.serving.checkpoint import tensors
+
+    try:
+        return tensors(folder)
+    except (OSError, ValueError):
+        return None
