@@ -419,7 +419,10 @@ class Double:
             meta.pop("weight_versions", None)
         meta["completion_tokens"] = len(job.ids)
         if job.queued_abort:
-            return {"text": "", "output_ids": job.ids[start:], "meta_info": meta | now}
+            if wants and start:  # the real server's last event has all triples then, and of the ids the last one again
+                meta["output_token_logprobs"] = triples
+                return {"text": "", "output_ids": job.ids[-1:], "meta_info": meta | now}
+            return {"text": "", "output_ids": job.ids, "meta_info": meta | now}
         cached = job.cached or 0
         meta |= dict(
             prompt_tokens=len(job.prompt), num_retractions=job.retractions, reasoning_tokens=0, cached_tokens=cached,

@@ -124,7 +124,11 @@ class Running:
         self.join(self._subject.timeout)
         events = [event for event in self._events if event != "[DONE]"]
         last = events[-1]
-        if self._subject.incremental:
+        if len(last["meta_info"]["output_token_logprobs"]) > len(last["output_ids"]):
+            # Aborted in the waiting queue after a retraction: all triples at once, and of the ids the last one.
+            assert last["output_ids"] == [last["meta_info"]["output_token_logprobs"][-1][1]]
+            last["output_ids"] = [token for _, token, _ in last["meta_info"]["output_token_logprobs"]]
+        elif self._subject.incremental:
             last["output_ids"] = [token for event in events for token in event["output_ids"]]
             triples = [triple for event in events for triple in event["meta_info"]["output_token_logprobs"]]
             last["meta_info"]["output_token_logprobs"] = triples

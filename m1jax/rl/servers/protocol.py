@@ -213,6 +213,11 @@ def read_piece(
     if cumulative:
         triples, ids = triples[so_far:], ids[so_far:]
     total = meta.get("completion_tokens", so_far + len(ids))
+    if kind == "abort" and len(ids) < len(triples) == total:
+        # Ended in the waiting queue, where it went back to when weights changed: the last event of a stream has all
+        # triples then, and of the ids the last one again.
+        triples = triples[so_far:]
+        ids = [triple[1] for triple in triples]
     if ids and total == so_far and not cumulative:
         raise Fault("duplicate", f"{len(ids)} tokens that came before, by completion_tokens {total}")
     if len(triples) != len(ids) or total != so_far + len(ids) or total > max_new_tokens:
