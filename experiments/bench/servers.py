@@ -37,6 +37,7 @@ from m1jax.rl.servers.settings import ServersConfig
 from m1jax.rl.settings import RLConfig
 from m1jax.train.pretrained import Pretrained, find_pretrained
 from m1jax.types import Problem, Prompt, Sampling
+from m1jax.weights.hf_folder import CONFIG, GENERATION, read_json
 
 
 def main(argv: Sequence[str]) -> None:
@@ -135,9 +136,18 @@ def open_engine(arguments: argparse.Namespace, model: Pretrained, **config) -> S
     """An engine over the servers that were asked for; weights go through a temporary folder."""
     servers = ServersConfig(urls=tuple(arguments.urls.split(",")), **config)
     return SGLangEngine(
-        servers, model.config, stop_ids=(model.config.vocab_size - 1,), temperatures=(1.0,),
+        servers, model.config, stop_ids=stop_ids(Path(arguments.model)), temperatures=(1.0,),
         positions=64 + arguments.tokens, weights=Path(tempfile.mkdtemp(prefix="m1jax-weights-")), log=lambda line: None,
     )  # fmt: skip
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """Where the server stops by itself, by the files of its folder."""
+    found: set[int] = set()
+    for name in (CONFIG, GENERATION):
+        eos = read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        found |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return sorted(found)
 
 
 def made_up_prompt(model: Pretrained, index: int) -> Prompt:
