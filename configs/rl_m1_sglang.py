@@ -72,7 +72,7 @@ def get_config(argument: str = "") -> ConfigDict:
         shrink(config)
         small = dict(num_kv_heads=1, layer_pattern=("lightning", "softmax"), rotary_dim=8, num_experts=4)
         config.update(dict(model=small, rollout=dict(max_prompts=12), sampling=dict(repetition_run=8)))
-        config.servers = None  # samples in this process
+        config["servers"] = None  # samples in this process
     elif argument:
         raise ValueError(f"unknown argument {argument!r}; there is smoke")
     return config

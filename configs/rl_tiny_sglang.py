@@ -27,7 +27,7 @@ def get_config(argument: str = "") -> ConfigDict:
                 checkpoint=dict(every=5),
             )
         )
-        config.servers = dict(
+        config["servers"] = dict(
             urls=("http://127.0.0.1:30000",),  # launch/sglang.sh takes the port
             in_flight=16,  # what that server computes at a time on a CPU
             patience_s=300.0,

@@ -58,11 +58,14 @@ PANELS = (
         "Experts of the engine that the trainer would not choose (share)",
         ("router/replay_differs", "router/replay_differs_later_updates"),
     ),
+    Panel("Age of tokens (generation batches)", ("rollout/staleness_mean", "rollout/staleness_largest")),
+    Panel("Requests to servers that failed, servers out", ("engine/faults", "engine/servers_out", "engine/restarts")),
     Panel("Loss", ("train/loss",)),
     Panel("Gradient norm", ("train/grad_norm",), log=True),
     Panel("Tokens per second", ("time/tokens_per_second",)),
     Panel(
-        "Seconds by stage", tuple(f"time/{stage}" for stage in ("rollout", "reward", "update", "evaluate", "compile"))
+        "Seconds by stage",
+        tuple(f"time/{stage}" for stage in ("rollout", "reward", "update", "sync", "evaluate", "compile")),
     ),
 )
 """The panels in reading order: is it better, does it still explore, is it sound, what does it cost."""

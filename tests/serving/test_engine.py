@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -235,8 +238,6 @@ def test_a_server_that_is_killed_in_a_batch_comes_back_with_the_right_weights(tr
 
 def test_the_trainer_outlives_its_script_as_it_should(trained, tmp_path):
     """launch/local_sglang.sh: SIGTERM saves, exits 75 and leaves no server."""
-    import subprocess
-
     _, folder = trained
     root = Path(__file__).parents[2]
     values = dict(runs.rl_values(folder, init_from=str(folder / "first"), steps=1000))
@@ -246,7 +247,7 @@ def test_the_trainer_outlives_its_script_as_it_should(trained, tmp_path):
     port = Server(folder, tmp_path / "x").port
     script = subprocess.Popen(
         [root / "launch" / "local_sglang.sh", file, tmp_path / "run", folder / "first"], cwd=root, text=True,
-        env=os.environ | {"PORT": str(port), "VENV": str(Path(os.sys.executable).parents[1])}, start_new_session=True,
+        env=os.environ | {"PORT": str(port), "VENV": str(Path(sys.executable).parents[1])}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 240
@@ -257,6 +258,4 @@ def test_the_trainer_outlives_its_script_as_it_should(trained, tmp_path):
     out, _ = script.communicate(timeout=90)
     assert script.returncode == 75 and "stopped and saved; resume with:" in out
     with pytest.raises(OSError):
-        import socket
-
         socket.create_connection(("127.0.0.1", port), timeout=2)
