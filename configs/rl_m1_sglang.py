@@ -59,20 +59,21 @@ def get_config(argument: str = "") -> ConfigDict:
                 sampling=dict(max_tokens=40_960, temperature=1.0, top_p=0.95),  # section 5
             ),
             checkpoint=dict(every=5, keep=2),
-            servers=dict(
-                urls=tuple(f"http://rollout-{host}:30000" for host in range(16)),
-                weights_dtype="bfloat16",  # 912 GB a version; three are kept
-                in_flight=64,
-                stream_interval=64,
-                update_s=3600.0,
-            ),
         )
     )
-    if argument == "smoke":
+    servers = dict(
+        urls=tuple(f"http://rollout-{host}:30000" for host in range(16)),
+        weights_dtype="bfloat16",  # 912 GB a version; three are kept
+        in_flight=64,
+        stream_interval=64,
+        update_s=3600.0,
+    )
+    if not argument:
+        config.update(dict(servers=servers))  # shrunk, it samples in this process
+    elif argument == "smoke":
         shrink(config)
         small = dict(num_kv_heads=1, layer_pattern=("lightning", "softmax"), rotary_dim=8, num_experts=4)
         config.update(dict(model=small, rollout=dict(max_prompts=12), sampling=dict(repetition_run=8)))
-        config["servers"] = None  # samples in this process
-    elif argument:
+    else:
         raise ValueError(f"unknown argument {argument!r}; there is smoke")
     return config

@@ -15,17 +15,17 @@ from ml_collections import ConfigDict
 from configs import algorithms
 from configs.rl_qwen2_5_32b_cispo import DYNAMIC_SAMPLING, OVERLONG, figure_2
 
+AHEAD = dict(staleness=1)  # our choice: the next batch is sampled during the updates, one batch old at most
+SERVERS = dict(
+    urls=tuple(f"http://rollout-{host}:30000" for host in range(8)),  # our choice: 8 hosts of 4 GPUs
+    weights_dtype="bfloat16",  # what a server computes in; the trainer keeps float32
+    in_flight=128,  # with 8 hosts a thousand answers at a time
+    stream_interval=64,  # at some ten thousand tokens a second the client takes a few percent of a core
+)
+
 
 def get_config(argument: str = "") -> ConfigDict:
-    config = figure_2(argument, algorithms.cispo(), DYNAMIC_SAMPLING, OVERLONG)
-    if not argument:
-        config["servers"] = dict(
-            urls=tuple(f"http://rollout-{host}:30000" for host in range(8)),  # our choice: 8 hosts of 4 GPUs
-            weights_dtype="bfloat16",  # what a server computes in; the trainer keeps float32
-            in_flight=128,  # 8 hosts: all answers of a batch and a few of the next at a time
-            stream_interval=64,  # at some ten thousand tokens a second the client's share of a core is a few percent
-        )
-        config["rollout"]["staleness"] = (
-            1  # our choice: the next batch is sampled during the updates, one batch old at most
-        )
-    return config  # shrunk, it samples in this process
+    config = figure_2(argument, algorithms.cispo(), DYNAMIC_SAMPLING | AHEAD, OVERLONG)
+    if not argument:  # shrunk, it samples in this process
+        config.update(dict(servers=SERVERS))
+    return config

@@ -25,11 +25,11 @@ def get_config(argument: str = "") -> ConfigDict:
                 optimizer=dict(decay_updates=36),
                 evaluation=dict(every=10, problems=100),
                 checkpoint=dict(every=5),
+                servers=dict(
+                    urls=("http://127.0.0.1:30000",),  # launch/sglang.sh takes the port
+                    in_flight=16,  # what that server computes at a time on a CPU
+                    patience_s=300.0,
+                ),
             )
-        )
-        config["servers"] = dict(
-            urls=("http://127.0.0.1:30000",),  # launch/sglang.sh takes the port
-            in_flight=16,  # what that server computes at a time on a CPU
-            patience_s=300.0,
         )
     return config  # shrunk, it samples in this process: no server is needed to try it
