@@ -36,7 +36,7 @@ from m1jax.model.config import ModelConfig
 from m1jax.rl.servers.keys import Keys, keys_from_environment
 from m1jax.rl.servers.pool import Pool
 from m1jax.rl.servers.probes import Needs
-from m1jax.rl.servers.protocol import Fault, Piece, new_id, read_experts, read_piece, request
+from m1jax.rl.servers.protocol import Fault, Piece, new_id, read_experts, read_piece, request, with_processor
 from m1jax.rl.servers.server import Server, open_session
 from m1jax.rl.servers.settings import ServersConfig
 from m1jax.rl.servers.weights import Published, new_label, prune, publish
@@ -55,6 +55,7 @@ class Response:
         token_ids, logprobs, versions: of every token so far.
         ending: None while it goes on.
         experts: integers [prompt + tokens, L, A] as far as they are known, -1 elsewhere; None without a record.
+        run: tokens above the threshold of repetition that it ends with.
     """
 
     def __init__(self, sampling: Sampling, stop_ids: frozenset[int]):
@@ -64,14 +65,14 @@ class Response:
         self.versions: list[int] = []
         self.ending: Ending | None = None
         self.experts: np.ndarray | None = None
-        self._run = 0
+        self.run = 0
 
     def take(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int) -> None:
         """Append tokens up to the one that ends the response; what comes after that one is dropped.
 
         The rules are those of `m1jax.rl.engine_local.sample`, in its arithmetic (float32).
         """
-        sampling, run = self.sampling, self._run
+        sampling, run = self.sampling, self.run
         threshold = np.float32(sampling.repetition_probability)
         likely = np.exp(np.asarray(logprobs, np.float32)) > threshold
         for token, logprob, above in zip(token_ids, logprobs, likely, strict=True):
@@ -87,7 +88,7 @@ class Response:
                 self.ending = "repetition"
             elif len(self.token_ids) == sampling.max_tokens:
                 self.ending = "length"
-        self._run = run
+        self.run = run
 
     def rollout(self, prompt: Prompt, sample: int) -> Rollout:
         """The finished response."""
@@ -147,7 +148,7 @@ class SGLangEngine:
         self._progress = time.monotonic()
         needs = Needs(
             model.vocab_size, tuple(sorted(self.stop_ids)), tuple(temperatures), positions,
-            config.repetition_stop == "stream", config.update_mode, record_experts,
+            config.repetition_stop, config.update_mode, record_experts,
         )  # fmt: skip
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout servers", daemon=True)
@@ -278,7 +279,7 @@ class SGLangEngine:
         assert current is not None
         stream = self.config.repetition_stop == "stream"
         left = response.sampling.max_tokens - first
-        if not stream and response.sampling.repetition_run:
+        if self.config.repetition_stop == "segments" and response.sampling.repetition_run:
             left = min(left, max(self.config.segment_tokens, first // 4))
         record = self.record_experts and prompt.index < HELDOUT_INDEX
         body = request(
@@ -286,6 +287,8 @@ class SGLangEngine:
             stream=stream, stream_interval=self.config.stream_interval, extra_key=current.label,
             seed=noise if server.deterministic else None, experts=record,
         )  # fmt: skip
+        if self.config.repetition_stop == "processor" and response.sampling.repetition_run:
+            body = with_processor(body, response.sampling, response.run)
         headers = {"X-SMG-Routing-Key": str(prompt.index)} if self.config.gateway else None
         start, seen = time.monotonic(), 0
         if not stream:

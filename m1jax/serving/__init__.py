@@ -8,6 +8,7 @@ point `sglang.srt.plugins` of pyproject.toml, in every process that it starts:
     checkpoint.py   the tensors of a folder: names, shapes, and what is wrong with one
     recurrence.py   lightning attention over tensors: slopes, a prompt in chunks, one step of many requests
     backend.py      the recurrence over a server's pool of states
+    repetition.py   the repetition stop as a logit processor, for clients that ask for it
     models/         the network, out of SGLang's parallel layers
     cpu/            a server without a GPU: what to install, and stand-ins for what needs one
 

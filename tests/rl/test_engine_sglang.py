@@ -7,6 +7,7 @@ the weights that they claim to be of.
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
 from collections import Counter
@@ -357,6 +358,31 @@ def scripted(likely: list[bool]):
         return [(7 + i % 5, -1e-4 if above else -2.0) for i, above in enumerate(likely)][done:] if ids[0] == 2 else []
 
     return script
+
+
+def test_the_server_can_be_asked_to_stop_repetition_itself(tmp_path, params):
+    """By name, with what it needs to know; a server that goes on all the same is cut at the same token."""
+    sampling = Sampling(400, temperature=0.7, repetition_run=30)
+    with (
+        double(script=scripted([False] * 7 + [True] * 300), context_length=1000) as a,
+        engine(tmp_path, a, repetition_stop="processor") as made,
+        pytest.raises(UserError, match="needs --enable-custom-logit-processor and --disable-overlap-schedule"),
+    ):
+        made.set_weights(params[0], 0)
+    with (
+        double(script=scripted([False] * 7 + [True] * 300), context_length=1000) as a,
+        engine(tmp_path, a, repetition_stop="processor") as made,
+    ):
+        made.pool.needs = dataclasses.replace(made.pool.needs, repetition_stop="segments")  # the double has no flags
+        made.set_weights(params[0], 0)
+        [[response]] = made.generate(prompts(1), 1, sampling, 0)
+        assert (len(response.token_ids), response.ending) == (37, "repetition")
+        body = a.received[-1].body
+        assert body["sampling_params"]["custom_params"] == {
+            "repetition_run": 30, "repetition_probability": 0.99, "temperature": 0.7, "stop_id": STOP, "run": 0,
+        }  # fmt: skip
+        named = bytes.fromhex(json.loads(body["custom_logit_processor"])["callable"])
+        assert named == b"cm1jax.serving.repetition\nRepetitionStop\n."  # pickled by reference: no code
 
 
 @pytest.mark.parametrize("repetition_stop", ["stream", "segments"])

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m1jax.config import build
+from m1jax.model.config import ModelConfig
 from m1jax.rl.engine_sglang import SGLangEngine
 from m1jax.rl.loop import train
 from m1jax.rl.servers.settings import ServersConfig
@@ -33,6 +35,7 @@ pytestmark = [
 ]
 
 STOP = 2
+MODEL = build(ModelConfig, runs.MODEL)
 FLAGS = ("--context-length", "2048")
 
 
@@ -208,6 +211,36 @@ def test_experts_of_the_server_are_those_of_the_trainer(trained, tmp_path):
     made = config(folder, server, steps=4, rollout__router_replay="use")
     result = train(made, tmp_path / "run", log=lambda line: None)
     assert all(row["router/replay_differs"] < 1e-3 for row in result.metrics[1:])
+
+
+def test_the_server_stops_repetition_itself_at_the_same_token(trained, tmp_path):
+    """`<think>`, `</think>` and `<answer>` come with 0.85 each: three in a row above 0.8 end the answer."""
+    server, folder = trained
+    flags = (*FLAGS, "--enable-custom-logit-processor")
+    own = Server(folder / "served", tmp_path / "log", *flags).start()
+    lengths = {}
+    try:
+        for url, way in ((own.url, "processor"), (server.url, "stream")):
+            config_ = ServersConfig(urls=(url,), repetition_stop=way, in_flight=16)
+            engine = SGLangEngine(
+                config_, MODEL, stop_ids=(runs.TOKENS.index("<eos>"),),
+                temperatures=(1.0,), positions=64, weights=tmp_path / way, log=lambda line: None,
+            )  # fmt: skip
+            try:
+                engine.set_weights(runs.bigram(), 0)
+                sampling = Sampling(40, repetition_run=3, repetition_probability=0.8)
+                prompt = Prompt(0, Problem("t", "q", "a"), (runs.TOKENS.index("<bos>"), runs.TOKENS.index("\n")))
+                [group] = engine.generate([prompt], 64, sampling, 0)
+                lengths[way] = [len(r.token_ids) for r in group if r.ending == "repetition"]
+                for r in group:
+                    likely = np.exp(r.rollout_logprobs) > np.float32(0.8)
+                    ends = [i for i in range(2, len(likely)) if likely[i - 2 : i + 1].all()]
+                    assert (ends[:1] == [len(likely) - 1]) == (r.ending == "repetition") and len(ends) <= 1
+            finally:
+                engine.close()
+    finally:
+        own.stop()
+    assert len(lengths["processor"]) > 30 and len(lengths["stream"]) > 30
 
 
 def test_a_server_that_is_killed_in_a_batch_comes_back_with_the_right_weights(trained, tmp_path):

@@ -26,6 +26,8 @@ from m1jax.rl.servers.server import Server
 from m1jax.rl.servers.settings import ServersConfig
 from m1jax.rl.servers.weights import Published, update
 
+WAITING_S = 20.0
+"""Seconds without a server after which the run says so, and says so again."""
 HEALTH_S = 30.0
 """Seconds that a look at a server's health takes at the most; SGLang itself gives up after 20."""
 
@@ -184,12 +186,16 @@ class Pool:
     async def watch(self) -> None:
         """See to it, for as long as the pool lives, that nobody waits for ever."""
         loop = asyncio.get_running_loop()
-        alive = loop.time()
+        alive, told = loop.time(), 0.0
         while True:
             await asyncio.sleep(0.1)
             self._deal()  # servers that were left alone may be asked again
             if self.serving or self._closed or self.current is None:
-                alive = loop.time()
+                alive, told = loop.time(), 0.0
+            elif loop.time() - alive > told + WAITING_S:
+                told = loop.time() - alive
+                left = self.config.patience_s - told
+                self.log(f"waiting for a rollout server, for {left:.0f} s more: {self.causes()}")
             if self.broken is None and loop.time() - alive > self.config.patience_s:
                 self.broken = EngineLost(f"no rollout server for {self.config.patience_s:.0f} s: {self.causes()}")
             if self.broken is not None:

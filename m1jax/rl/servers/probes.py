@@ -8,7 +8,6 @@ a UserError, for no retry mends it.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,7 @@ class Needs:
         stop_ids: ids that end a response.
         temperatures: that answers are sampled at.
         positions: longest prompt and response together.
-        stream: whether answers are streamed.
+        repetition_stop: `ServersConfig.repetition_stop`.
         update_mode: `ServersConfig.update_mode`.
         experts: whether the experts that serve are asked for.
     """
@@ -41,7 +40,7 @@ class Needs:
     stop_ids: tuple[int, ...]
     temperatures: tuple[float, ...]
     positions: int
-    stream: bool
+    repetition_stop: str
     update_mode: str
     experts: bool
 
@@ -72,7 +71,13 @@ def probe_flags(url: str, info: Mapping[str, Any], needs: Needs) -> None:
             f"{url}: config.rollout.router_replay wants the experts that serve; start it with "
             f"--enable-return-routed-experts, or choose 'off'"
         )
-    if needs.stream and info.get("incremental_streaming_output") is False:
+    flags = ("enable_custom_logit_processor", "disable_overlap_schedule")
+    if needs.repetition_stop == "processor" and not all(info.get(flag) for flag in flags):
+        raise UserError(
+            f"{url}: config.servers.repetition_stop 'processor' needs --enable-custom-logit-processor and "
+            f"--disable-overlap-schedule; start it with both, or choose 'stream'"
+        )
+    if needs.repetition_stop == "stream" and info.get("incremental_streaming_output") is False:
         raise UserError(
             f"{url}: streams all earlier tokens again with every event, quadratic bytes in the length; start it with "
             f"--incremental-streaming-output, or set config.servers.repetition_stop to 'segments'"
@@ -109,7 +114,7 @@ async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None
                 f"which biases every ratio; start it without SGLANG_RETURN_ORIGINAL_LOGPROB, or set "
                 f"config.sampling.temperature to 1"
             )
-    if needs.stream:
+    if needs.repetition_stop == "stream":
         await _probe_stream(server, prompt, needs)
 
 
@@ -139,6 +144,5 @@ async def _probe_stream(server: Server, prompt: list[int], needs: Needs) -> None
     async for event in server.events(body, PROBE_S):
         ids = event.get("output_ids") if isinstance(event, dict) else None
         if ids and seen and len(ids) > seen:
-            needs = dataclasses.replace(needs, stream=True)
             probe_flags(server.url, {"weight_version": "", "incremental_streaming_output": False}, needs)
         seen += len(ids or ())

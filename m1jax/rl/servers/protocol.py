@@ -25,6 +25,9 @@ from m1jax.types import Sampling
 CHECK = frozenset({"unreachable", "timeout", "cut", "error", "version"})
 """Faults after which a server is looked at before it is asked anything more."""
 
+PROCESSOR = json.dumps({"callable": b"cm1jax.serving.repetition\nRepetitionStop\n.".hex()})
+"""The name of the logit processor that stops repetition, pickled as SGLang wants it; no code goes over the wire."""
+
 BUSY = frozenset({"busy"})
 """Faults after which a server is left alone for a while."""
 
@@ -68,6 +71,26 @@ class Piece:
     cached_tokens: int
     retractions: int
     routed: str | None
+
+
+def with_processor(body: dict[str, Any], sampling: Sampling, run: int) -> dict[str, Any]:
+    """The request with the repetition stop left to the server.
+
+    Args:
+        run: tokens above the threshold that the answer so far ends with.
+    """
+    parameters = body["sampling_params"]
+    custom = {
+        "repetition_run": sampling.repetition_run,
+        "repetition_probability": sampling.repetition_probability,
+        "temperature": sampling.temperature,
+        "stop_id": parameters["stop_token_ids"][0],
+        "run": run,
+    }
+    return body | {
+        "custom_logit_processor": PROCESSOR,
+        "sampling_params": parameters | {"custom_params": custom},
+    }
 
 
 def new_id() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UPDATE_MODES = ("retract", "abort", "in_place")
-REPETITION_STOPS = ("stream", "segments")
+REPETITION_STOPS = ("stream", "segments", "processor")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class ServersConfig:
             there is, and is asked to continue from there. "in_place": they continue on keys and values of the old
             weights.
         repetition_stop: how answers are watched. "stream": token by token, and aborted as soon as they end. "segments":
-            in requests of `segment_tokens`, for servers that cannot stream in disjoint pieces.
+            in requests of `segment_tokens`, for servers that cannot stream in disjoint pieces. "processor": by the
+            server itself, which runs `m1jax.serving.repetition`; it has to be started for that.
         segment_tokens: tokens of a request in the second way, and later a quarter of the answer so far, so that what is
             sent stays linear in its length.
         stream_interval: tokens of a streamed event; 0 leaves it to the server.
