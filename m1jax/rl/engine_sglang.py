@@ -145,7 +145,7 @@ class SGLangEngine:
         self._speeds: deque[float] = deque(maxlen=256)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._aborts: set[asyncio.Task[None]] = set()
-        self._progress = time.monotonic()
+        self._progress, self._longest = time.monotonic(), 1
         needs = Needs(
             model.vocab_size, tuple(sorted(self.stop_ids)), tuple(temperatures), positions,
             config.repetition_stop, config.update_mode, record_experts,
@@ -267,6 +267,8 @@ class SGLangEngine:
                 told = f"prompt {prompt.index}: {failures} failures in a row, the last: {detail}"
                 raise UserError(told) if fault and fault.kind == "refused" else EngineLost(told)
             await asyncio.sleep(random.uniform(0, min(0.05 * 2**failures, 5.0)))
+        if self._records(prompt):
+            response.experts = self._experts_so_far(prompt, response)
         return response.rollout(prompt, sample)
 
     async def _continue(self, server: Server, prompt: Prompt, response: Response, noise: int) -> None:
@@ -281,11 +283,11 @@ class SGLangEngine:
         left = response.sampling.max_tokens - first
         if self.config.repetition_stop == "segments" and response.sampling.repetition_run:
             left = min(left, max(self.config.segment_tokens, first // 4))
-        record = self.record_experts and prompt.index < HELDOUT_INDEX
+        self._longest = max(self._longest, left)
         body = request(
             new_id(), [*prompt.token_ids, *response.token_ids], left, response.sampling, sorted(self.stop_ids),
             stream=stream, stream_interval=self.config.stream_interval, extra_key=current.label,
-            seed=noise if server.deterministic else None, experts=record,
+            seed=noise if server.deterministic else None, experts=self._records(prompt),
         )  # fmt: skip
         if self.config.repetition_stop == "processor" and response.sampling.repetition_run:
             body = with_processor(body, response.sampling, response.run)
@@ -297,7 +299,7 @@ class SGLangEngine:
             if piece.finish is None:
                 raise Fault("cut", f"{server.url}: an answer without a finish_reason")
             self._take(piece, response, current.version)
-            self._finish(piece, prompt, response, first, current.version, record)
+            self._finish(piece, prompt, response, first, current.version)
             self._note_speed(len(piece.token_ids), left, start)
             return
         events = server.events(body, self.config.stall_s, headers)
@@ -308,7 +310,7 @@ class SGLangEngine:
                 self._take(piece, response, current.version)
                 seen += len(piece.token_ids)
                 if piece.finish is not None:
-                    self._finish(piece, prompt, response, first, current.version, record)
+                    self._finish(piece, prompt, response, first, current.version)
                     self._note_speed(seen, left, start)
                     return
                 if time.monotonic() - start > self._deadline(left):
@@ -348,7 +350,7 @@ class SGLangEngine:
         response.take(piece.token_ids, piece.logprobs, version)
         self._progress = time.monotonic()
 
-    def _finish(self, piece: Piece, prompt: Prompt, response: Response, first: int, floor: int, record: bool) -> None:
+    def _finish(self, piece: Piece, prompt: Prompt, response: Response, first: int, floor: int) -> None:
         """What the end of a request tells of all its tokens: versions, experts, counts."""
         for label, start, end in (span for span in piece.spans if span[2] > span[1]):
             version = self._version(label, floor)
@@ -364,36 +366,43 @@ class SGLangEngine:
                 f"a server ended an answer at id {piece.matched}, which is no stop token of this run; add it to "
                 f"config.tokenizer.stop_tokens, or take it out of eos_token_id in the model folder that is served"
             )
-        if record:
+        if self._records(prompt) and response.versions:
             self._record_experts(piece, prompt, response, first)
 
     def _record_experts(self, piece: Piece, prompt: Prompt, response: Response, first: int) -> None:
-        """Experts of the tokens that this request sampled, and of the prompt where it is the first.
+        """The experts of all tokens whose successor was sampled with the weights that the request ended with.
 
-        What a server computed anew after an update is not what the tokens before it were sampled with.
+        After an update a server computes a prefix anew: the experts that it tells of older tokens are not those that
+        served when these were sampled.
         """
-        model, prompt_tokens = self.model, len(prompt.token_ids)
         if piece.routed is None:
             if not piece.token_ids and piece.finish == "abort":
                 return
             raise UserError("a server answered without routed_experts; start it with --enable-return-routed-experts")
+        model, before = self.model, len(prompt.token_ids)
         generated = piece.spans[-1][2] if piece.spans else len(piece.token_ids)
-        routed_TLA = read_experts(
-            piece.routed, prompt_tokens + first + max(generated - 1, 0), model.num_layers, model.experts_per_token,
-            model.num_experts,
-        )  # fmt: skip
-        total = prompt_tokens + len(response.token_ids)
-        experts = np.full((total, *routed_TLA.shape[1:]), -1, routed_TLA.dtype)
+        read = before + first + max(generated - 1, 0)
+        routed_TLA = read_experts(piece.routed, read, model.num_layers, model.experts_per_token, model.num_experts)
+        experts = self._experts_so_far(prompt, response)
+        versions = np.array(response.versions, np.int32)
+        successor = np.clip(np.arange(read) + 1 - before, 0, len(versions) - 1)
+        known = (versions[successor] == versions[-1])[: len(experts) - 1]
+        experts[: len(known)][known] = routed_TLA[: len(known)][known]
+        response.experts = experts
+
+    def _experts_so_far(self, prompt: Prompt, response: Response) -> np.ndarray:
+        """[prompt + tokens, L, A], -1 where nothing is on record."""
+        model, total = self.model, len(prompt.token_ids) + len(response.token_ids)
+        experts = np.full(
+            (total, model.num_layers, model.experts_per_token), -1, np.min_scalar_type(-model.num_experts)
+        )
         if response.experts is not None:
             experts[: len(response.experts)] = response.experts
-        sampled_from = piece.spans[-1][1] if piece.spans else 0
-        for start, stop in (
-            (0, prompt_tokens if not first else 0),
-            (max(prompt_tokens + first + sampled_from - 1, 0), len(routed_TLA)),
-        ):
-            stop = min(stop, total)
-            experts[start:stop] = routed_TLA[start:stop]
-        response.experts = experts
+        return experts
+
+    def _records(self, prompt: Prompt) -> bool:
+        """Whether experts are asked for; not for held-out prompts."""
+        return self.record_experts and prompt.index < HELDOUT_INDEX
 
     def _version(self, label: str, floor: int) -> int:
         """The version that a label stands for.
@@ -432,7 +441,9 @@ class SGLangEngine:
             await asyncio.sleep(0.2)
             allowed = self.config.patience_s
             if self.config.repetition_stop != "stream":
-                allowed += self._deadline(self.config.segment_tokens)  # nothing is seen of a request before its end
+                allowed += self._deadline(self._longest)  # nothing is seen of a request before its end
+            if pool.updating:
+                self._progress = time.monotonic()
             if self._tasks and time.monotonic() - self._progress > allowed and pool.broken is None:
                 pool.broken = EngineLost(f"no token from any rollout server for {allowed:.0f} s: {pool.causes()}")
             if pool.broken is not None:

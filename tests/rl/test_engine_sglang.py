@@ -459,10 +459,50 @@ def test_experts_come_with_the_tokens_that_they_served(tmp_path, params):
         np.testing.assert_array_equal(r.expert_ids[:-1], routed_experts(a.weights, ids, (2, 2, 4)))
 
 
-def publishes(made, params):
+@pytest.mark.parametrize("repetition_stop", ["stream", "segments"])
+@pytest.mark.parametrize("kind", ["reset_after", "no_finish", "half_event", "abort_before_prefill"])
+def test_experts_outlast_a_failure(tmp_path, params, repetition_stop, kind):
+    """What a broken answer did not tell, the next one does; or nobody, and then it says so."""
+    from tests.sglang_double import routed_experts
+
+    with (
+        double(experts=(2, 2, 4), seed=2) as a,
+        engine(tmp_path, a, experts=True, repetition_stop=repetition_stop) as made,
+    ):
+        publishes(made, params[0])
+        a.fault(kind, 2)
+        for [r] in made.generate(prompts(3), 1, Sampling(20), 0):
+            ids = [*prompts(3)[r.prompt_index].token_ids, *r.token_ids.tolist()][:-1]
+            told = routed_experts(a.weights, ids, (2, 2, 4))
+            known = r.expert_ids[:-1] >= 0
+            assert r.expert_ids.shape == (3 + len(r.token_ids), 2, 2)
+            np.testing.assert_array_equal(r.expert_ids[:-1][known], told[known])
+            assert known.all() or (not known.any() and kind == "no_finish" and repetition_stop == "stream")
+
+
+def test_experts_of_tokens_sampled_before_an_update_are_not_those_after_it(tmp_path, params):
+    from tests.sglang_double import routed_experts
+
+    with double(experts=(2, 2, 4), seconds_per_token=0.01) as a, engine(tmp_path, a, experts=True) as made:
+        publishes(made, params[0])
+        futures = made.submit(prompts(4), 1, Sampling(60), 0)
+        time.sleep(0.2)
+        publishes(made, params[1], 1)
+        rollouts = [r for f in futures for r in f.result(30)]
+        several = [r for r in rollouts if r.weight_versions is not None]
+        assert several
+        for r in several:
+            old = int((r.weight_versions == 0).sum())
+            assert (r.expert_ids[: 3 + old - 1] == -1).all()  # the prompt's too: its first token is of the old weights
+            ids = [*prompts(4)[r.prompt_index].token_ids, *r.token_ids.tolist()][:-1]
+            told = routed_experts(a.weights, ids, (2, 2, 4))
+            np.testing.assert_array_equal(r.expert_ids[3 + old - 1 : -1], told[3 + old - 1 :])
+
+
+def publishes(made, params, version=0):
     """The double takes any safetensors for weights; the tensors are those of the two experts that `MODEL` has."""
     model, made.model = made.model, MODEL
-    made.set_weights(params, 0)
+    made.set_weights(params, version)
     made.model = model
 
 

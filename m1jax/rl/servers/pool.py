@@ -68,6 +68,11 @@ class Pool:
         return [server for server in self.servers if not server.out]
 
     @property
+    def updating(self) -> bool:
+        """Whether weights are changing, and nothing is asked."""
+        return self._closed
+
+    @property
     def current_version(self) -> int:
         """Version of the weights that servers should have; -1 before there are any."""
         return self.current.version if self.current is not None else -1
