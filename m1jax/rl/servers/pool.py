@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 
 import aiohttp
@@ -134,7 +134,8 @@ class Pool:
         self.current, self._sums = published, {}
         serving = self.serving if before is not None else []
         try:
-            await asyncio.gather(*(self._update(server, self.config.update_mode) for server in serving))
+            sums = await asyncio.gather(*(self._update(server, self.config.update_mode) for server in serving))
+            self._compare(dict(zip(serving, sums, strict=True)))
         finally:
             self._closed = False
             self._deal()
@@ -227,28 +228,45 @@ class Pool:
             if server.out:
                 self.log(f"warning: goes on without {server.url}: {server.out}")
 
-    async def _update(self, server: Server, mode: str) -> None:
-        """Update one server; where that fails it is out."""
+    async def _update(self, server: Server, mode: str) -> tuple[str, str] | None:
+        """Update one server, and its checksums then; where that fails it is out."""
         try:
-            await self._give_weights(server, mode)
+            return await self._give_weights(server, mode)
         except Fault as fault:
             server.digest = server.digest if fault.kind == "version" else None  # it may have taken all the same
-            self.counts["updates_failed"] += 1
-            self.log(f"warning: {server.url} is out, its update failed: {fault.detail}")
-            self.put_out(server, fault)
+            self._failed(server, fault)
+            return None
 
-    async def _give_weights(self, server: Server, mode: str) -> None:
+    def _failed(self, server: Server, fault: Fault) -> None:
+        self.counts["updates_failed"] += 1
+        if not server.out:
+            self.log(f"warning: {server.url} is out, its update failed: {fault.detail}")
+        self.put_out(server, fault)
+
+    def _compare(self, sums: Mapping[Server, tuple[str, str] | None]) -> None:
+        """Put out the servers whose checksums are not those of most; of two, the second."""
+        for layout in {s[0] for s in sums.values() if s is not None}:
+            found = {server: s[1] for server, s in sums.items() if s is not None and s[0] == layout}
+            votes = Counter(found.values())  # in the order of the servers, which decides a tie
+            self._sums[layout] = votes.most_common(1)[0][0]
+            for server, hashes in found.items():
+                if hashes != self._sums[layout]:
+                    self._disagrees(server)
+
+    def _disagrees(self, server: Server) -> Fault:
+        """Put a server out for its checksums; the fault that says so."""
+        server.label, server.digest = "", None
+        fault = Fault("version", f"{server.url}: its checksums are not those of the other servers")
+        self._failed(server, fault)
+        return fault
+
+    async def _give_weights(self, server: Server, mode: str) -> tuple[str, str] | None:
         published = self.current
         assert published is not None
         there = str(published.folder.absolute())
         if self.config.weights_folder_there:
             there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.name}"
-        sums = await update(server, published, there, mode, self.config.update_s)
-        if sums is not None and published is self.current:
-            layout, hashes = sums
-            if self._sums.setdefault(layout, hashes) != hashes:
-                server.label, server.digest = "", None
-                raise Fault("version", f"{server.url}: its checksums are not those of the other servers")
+        return await update(server, published, there, mode, self.config.update_s)
 
     async def _bring_back(self, server: Server, kind: str) -> None:
         """Look at a server until it may be asked again.
@@ -256,10 +274,10 @@ class Pool:
         A "new" one may have been left paused by a run that was killed, and is not healthy then: an update wakes it.
         """
         try:
-            wait_s = 0.0
+            wait_s, longest_s = 0.0, 5.0
             while True:
                 await asyncio.sleep(wait_s)
-                wait_s = min(max(2 * wait_s, 0.25), 5.0) * random.uniform(0.8, 1.2)
+                wait_s = min(max(2 * wait_s, 0.25), longest_s) * random.uniform(0.8, 1.2)
                 if self.current is None:
                     continue
                 try:
@@ -269,6 +287,8 @@ class Pool:
                         break
                 except Fault as fault:
                     server.out = fault.detail.removeprefix(f"{server.url}: ")
+                    # One that is there and does not take the weights reads all of them every time.
+                    longest_s = 300.0 if fault.kind in ("version", "refused") else 5.0
             server.out = ""
             self.counts["servers_back"] += 1
             if server.url not in self._probed:
@@ -292,7 +312,9 @@ class Pool:
                 server.digest = None  # it was restarted
                 self.counts["restarts"] += 1
                 self.log(f"{server.url}: came back with weights {found!r}; it is given {wanted.label}")
-            await self._give_weights(server, "abort")
+            sums = await self._give_weights(server, "abort")
+            if sums is not None and wanted is self.current and self._sums.setdefault(*sums) != sums[1]:
+                raise self._disagrees(server)
         if server.url not in self._probed:
             try:
                 await probe_logprobs(server, self.needs, self.log)
