@@ -609,3 +609,25 @@ def test_faults_have_one_name_each():
         __import__("m1jax.rl.engine_sglang", fromlist=["FAULT_KINDS"]).FAULT_KINDS
     )
     assert set(FAULTS_OF) == set(ALL) - {"slow"}
+
+
+def test_a_server_that_comes_back_set_up_wrongly_is_left_out_and_at_the_start_refused(tmp_path, params):
+    said: list[str] = []
+    with double() as a, double() as b, engine(tmp_path, a, b, log=said.append) as made:
+        made.set_weights(params[0], 0)
+        b.kill()
+        b.incremental = False  # as one that was started again without a flag
+        b.restart()
+        made.set_weights(params[1], 1)  # finds it gone
+        deadline = time.monotonic() + 20
+        while not any("streams all earlier" in line for line in said) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert any(f"{b.url}: streams all earlier tokens again" in line for line in said)
+        check(made.generate(prompts(4), 2, Sampling(40), 0), prompts(4), 2, served(made, 1))
+    with (
+        double() as a,
+        double(incremental=False) as b,
+        engine(tmp_path, a, b) as made,
+        pytest.raises(UserError, match=f"{b.url}: streams all earlier"),
+    ):
+        made.set_weights(params[0], 0)

@@ -15,6 +15,7 @@ import random
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 
 import aiohttp
 
@@ -57,7 +58,7 @@ class Pool:
         self._sums: dict[str, str] = {}  # of the current weights, by how a server is spread over ranks
         self._sticky: dict[int, Server] = {}
         self._waiting: deque[tuple[int, asyncio.Future[Server]]] = deque()
-        self._closed = False
+        self._closed = self._started = False
         self._lookers: dict[Server, asyncio.Task[None]] = {}
         self._probed: set[str] = set()
         self.broken: Exception | None = None
@@ -145,6 +146,7 @@ class Pool:
         await self._some()
         if before is None:  # at a start all are wanted, yet not for ever
             await self._all_or_a_moment()
+        self._started = True
 
     async def close(self) -> None:
         """End the tasks that look at servers."""
@@ -236,6 +238,11 @@ class Pool:
             server.digest = server.digest if fault.kind == "version" else None  # it may have taken all the same
             self._failed(server, fault)
             return None
+        except UserError as error:
+            if not self._started:
+                raise
+            self._failed(server, Fault("refused", str(error)))  # it was started anew, and wrongly
+            return None
 
     def _failed(self, server: Server, fault: Fault) -> None:
         self.counts["updates_failed"] += 1
@@ -266,7 +273,8 @@ class Pool:
         there = str(published.folder.absolute())
         if self.config.weights_folder_there:
             there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.name}"
-        return await update(server, published, there, mode, self.config.update_s)
+        inspect = partial(probe_flags, server.url, needs=self.needs)
+        return await update(server, published, there, mode, self.config.update_s, inspect)
 
     async def _bring_back(self, server: Server, kind: str) -> None:
         """Look at a server until it may be asked again.
@@ -296,6 +304,10 @@ class Pool:
                 self.log(f"{server.url}: serves {self.current.label}")
             self._deal()
         except Exception as error:  # a UserError, or a bug of ours: whoever waits for the server gets it
+            if isinstance(error, UserError) and self._started and self.serving:
+                server.out = str(error)  # one that was started anew, and wrongly: the others go on
+                self.log(f"warning: goes on without {error}")
+                return
             self.broken = error
             self._deal()
 

@@ -16,8 +16,10 @@ import os
 import shutil
 import time
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +104,12 @@ def prune(root: Path, keep: int = KEPT) -> None:
 
 
 async def update(
-    server: Server, published: Published, folder_there: str, mode: str, timeout_s: float
+    server: Server,
+    published: Published,
+    folder_there: str,
+    mode: str,
+    timeout_s: float,
+    inspect: Callable[[Mapping[str, Any]], None] = lambda info: None,
 ) -> tuple[str, str] | None:
     """Make a server use published weights; its `checksums` after that.
 
@@ -111,6 +118,7 @@ async def update(
         folder_there: the folder as the server sees it.
         mode: of the pause; `ServersConfig.update_mode`.
         timeout_s: for reading the weights.
+        inspect: looks at /server_info and /model_info; what it raises is raised.
 
     Raises:
         Fault: it did not, for the reason given; it must not be asked before it has been updated.
@@ -121,8 +129,9 @@ async def update(
         if mode == "abort":
             await _idle(server)
         await _load(server, published, folder_there, flush=mode != "in_place", timeout_s=timeout_s)
-        label = (await server.info()).get("weight_version")
-        if label != published.label:
+        info = await server.info()
+        inspect(info)
+        if (label := info.get("weight_version")) != published.label:
             raise Fault("version", f"{server.url}: says {label!r} after an update to {published.label!r}")
         after = await server.checksums()
         if server.digest is not None and None not in (before, after):
