@@ -66,7 +66,9 @@ def test_a_run_records_what_the_servers_went_through(tmp_path):
     assert "rollout servers" not in [thread.name for thread in threading.enumerate()]
 
 
-@pytest.mark.parametrize("step", [0, 1, 3])
+@pytest.mark.parametrize(
+    "step", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3]
+)
 def test_when_the_servers_are_gone_it_saves_exits_75_and_goes_on_later(tmp_path, step, monkeypatch):
     """Lost in the rollouts, or in the sync, of any step: every step is recorded once, evaluations are all there."""
     with double() as a:
@@ -115,7 +117,14 @@ def test_servers_that_come_back_in_time_cost_nothing_but_time(tmp_path):
     assert all(row["rollout/tokens"] == 4 * 8 * 6 for row in result.metrics[1:])
 
 
-@pytest.mark.parametrize(("staleness", "unfinished"), [(1, "wait"), (2, "wait"), (3, "next_batch")])
+@pytest.mark.parametrize(
+    ("staleness", "unfinished"),
+    [
+        (1, "wait"),
+        pytest.param(2, "wait", marks=pytest.mark.slow),
+        pytest.param(3, "next_batch", marks=pytest.mark.slow),
+    ],
+)
 def test_batches_asked_ahead_are_no_older_than_the_bound(tmp_path, staleness, unfinished):
     changes = dict(rollout__staleness=staleness, rollout__unfinished=unfinished, steps=6)
     with double(seconds_per_token=0.002) as a:
@@ -125,6 +134,7 @@ def test_batches_asked_ahead_are_no_older_than_the_bound(tmp_path, staleness, un
     assert all("rollout/dropped_stale" in row for row in result.metrics[1:])
 
 
+@pytest.mark.slow
 def test_the_local_engine_can_be_asked_ahead_too_and_a_resumed_run_asks_what_is_missing(tmp_path):
     changes = dict(rollout__staleness=1, init_from=runs.save_bigram(tmp_path), steps=5, rollout__save=True)
     config_ = runs.rl_config(tmp_path, **changes)
@@ -144,6 +154,7 @@ def test_the_local_engine_can_be_asked_ahead_too_and_a_resumed_run_asks_what_is_
     assert [r["train/loss"] for r in replayed.metrics[1:]] == [r["train/loss"] for r in result.metrics[1:]]
 
 
+@pytest.mark.slow
 def test_a_run_asked_ahead_is_resumed_with_fresh_answers_to_the_same_prompts(tmp_path):
     changes = dict(rollout__staleness=1, init_from=runs.save_bigram(tmp_path), steps=4, rollout__save=True)
 
