@@ -66,9 +66,7 @@ def test_a_run_records_what_the_servers_went_through(tmp_path):
     assert "rollout servers" not in [thread.name for thread in threading.enumerate()]
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("step", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 3])
 def test_when_the_servers_are_gone_it_saves_exits_75_and_goes_on_later(tmp_path, step, monkeypatch):
     """Lost in the rollouts, or in the sync, of any step: every step is recorded once, evaluations are all there."""
     with double() as a:
@@ -98,22 +96,27 @@ def test_when_the_servers_are_gone_it_saves_exits_75_and_goes_on_later(tmp_path,
 
 
 def test_servers_that_come_back_in_time_cost_nothing_but_time(tmp_path):
-    with double(seconds_per_token=0.01) as a:
+    """Twice, in the middle of the answers to a batch."""
+    with double(seconds_per_token=0.02) as a:
 
-        def restart():
-            time.sleep(1.0)
-            for _ in range(2):
+        def crash():
+            for batch in (1, 3):
+                while not (tmp_path / "run" / "metrics.jsonl").exists() or len(rows(tmp_path / "run")) <= batch:
+                    time.sleep(0.005)
+                asked = len(a.received)
+                while not any(r.path == "/generate" for r in a.received[asked:]):
+                    time.sleep(0.005)
                 a.kill()
-                time.sleep(0.4)
+                time.sleep(0.2)
                 a.restart()
-                time.sleep(0.5)
 
-        thread = threading.Thread(target=restart)
+        thread = threading.Thread(target=crash)
         thread.start()
         result = train(config(tmp_path, a, steps=6), tmp_path / "run", log=lambda _: None)
         thread.join()
     assert [row["step"] for row in result.metrics] == list(range(7))
-    assert sum(row["engine/servers_out"] for row in result.metrics) >= 1
+    assert sum(row["engine/servers_out"] for row in result.metrics) >= 2
+    assert sum(row["engine/restarts"] for row in result.metrics) >= 2
     assert all(row["rollout/tokens"] == 4 * 8 * 6 for row in result.metrics[1:])
 
 
