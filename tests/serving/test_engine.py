@@ -183,7 +183,11 @@ def rewards(result) -> float:
 
 
 def test_cispo_over_a_server_learns_as_it_does_in_process(trained, tmp_path):
-    """Twenty steps with a sync at each, over three seeds: the rewards differ by less than two standard errors."""
+    """Twenty steps with a sync at each, over three seeds: the rewards differ by no more than chance.
+
+    BUILD.md records a run within two standard errors. Of sound engines every ninth would be outside of them (three
+    seeds each), and one of sixty outside of the four that are asked for here.
+    """
     server, folder = trained
     ends: dict[str, list[float]] = {"server": [], "local": []}
     for seed in range(3):
@@ -202,7 +206,7 @@ def test_cispo_over_a_server_learns_as_it_does_in_process(trained, tmp_path):
     server_, local = (np.array(ends[name]) for name in ("server", "local"))
     error = np.sqrt(server_.var(ddof=1) / 3 + local.var(ddof=1) / 3)
     print(f"server {server_.mean():.4f} local {local.mean():.4f} two standard errors {2 * error:.4f}")
-    assert abs(server_.mean() - local.mean()) < 2 * error
+    assert abs(server_.mean() - local.mean()) < 4 * error
     assert min(*server_, *local) > 0.7  # of 1.1, from some 0.25
 
 
