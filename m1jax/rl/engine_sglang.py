@@ -42,6 +42,8 @@ from m1jax.rl.servers.settings import ServersConfig
 from m1jax.rl.servers.weights import Published, new_label, prune, publish
 from m1jax.types import HELDOUT_INDEX, Ending, Params, Prompt, Rollout, Sampling
 
+LEAVE_S = 5.0
+"""Seconds for the last event of an answer that was aborted."""
 FAULT_KINDS = (
     "unreachable", "timeout", "cut", "error", "busy", "refused", "aborted", "logprobs", "lengths", "vocabulary", "ids",
     "identity", "duplicate", "version",
@@ -89,6 +91,13 @@ class Response:
             elif len(self.token_ids) == sampling.max_tokens:
                 self.ending = "length"
         self.run = run
+
+    def cut(self, length: int) -> None:
+        """Take back what came after the first `length` tokens."""
+        kept = list(zip(self.token_ids[:length], self.logprobs[:length], self.versions[:length], strict=True))
+        self.token_ids, self.logprobs, self.versions, self.ending, self.run = [], [], [], None, 0
+        for token, logprob, version in kept:
+            self.take([token], [logprob], version)
 
     def rollout(self, prompt: Prompt, sample: int) -> Rollout:
         """The finished response."""
@@ -145,6 +154,8 @@ class SGLangEngine:
         self._speeds: deque[float] = deque(maxlen=256)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._aborts: set[asyncio.Task[None]] = set()
+        self._limits: set[asyncio.Timeout] = set()  # of the streams under way
+        self._cpu = 0.0
         self._progress, self._longest = time.monotonic(), 1
         needs = Needs(
             model.vocab_size, tuple(sorted(self.stop_ids)), tuple(temperatures), positions,
@@ -208,11 +219,11 @@ class SGLangEngine:
             "engine/retractions": since["retractions"],
             "engine/bytes": since["bytes"],
             "engine/cached_share": since["cached_tokens"] / max(since["prompt_tokens"], 1),
-            "engine/client_cpu": cpu - self._sync.get("cpu", 0.0),
+            "engine/client_cpu": cpu - self._cpu,
         }
         metrics |= {f"engine/fault_{kind}": since[kind] for kind in FAULT_KINDS if since[kind]}
-        metrics |= {k: v for k, v in self._sync.items() if k != "cpu"}
-        self._sync = {"cpu": cpu}
+        metrics |= self._sync
+        self._cpu, self._sync = cpu, {}
         return metrics
 
     def close(self) -> None:
@@ -246,7 +257,7 @@ class SGLangEngine:
 
     async def _respond(self, prompt: Prompt, sample: int, sampling: Sampling, seed: int) -> Rollout:
         """One response, asked for until it has ended."""
-        response, failures = Response(sampling, self.stop_ids), 0
+        response, failures, waits = Response(sampling, self.stop_ids), 0, 0
         noise = zlib.crc32(f"{seed} {prompt.index} {sample}".encode()) >> 1
         while response.ending is None:
             before, fault = len(response.token_ids), None
@@ -258,15 +269,17 @@ class SGLangEngine:
                     fault = error
                     self.pool.note(server, fault)
             if len(response.token_ids) > before:
-                failures = 0
+                failures = waits = 0
                 self.counts["continued"] += response.ending is None
                 continue
-            failures += 1
+            # A queue that is full says nothing of the request; that nothing moves at all is watched elsewhere.
+            failures += fault is None or fault.kind != "busy"
             detail = fault.detail if fault else f"{server.url}: aborted before the first token"
             if failures >= self.config.attempts:
                 told = f"prompt {prompt.index}: {failures} failures in a row, the last: {detail}"
                 raise UserError(told) if fault and fault.kind == "refused" else EngineLost(told)
-            await asyncio.sleep(random.uniform(0, min(0.05 * 2**failures, 5.0)))
+            waits += 1
+            await asyncio.sleep(random.uniform(0, min(0.05 * 2**waits, 5.0)))
         if self._records(prompt):
             response.experts = self._experts_so_far(prompt, response)
         return response.rollout(prompt, sample)
@@ -292,34 +305,71 @@ class SGLangEngine:
         if self.config.repetition_stop == "processor" and response.sampling.repetition_run:
             body = with_processor(body, response.sampling, response.run)
         headers = {"X-SMG-Routing-Key": str(prompt.index)} if self.config.gateway else None
-        start, seen = time.monotonic(), 0
-        if not stream:
-            answer = await self._in_time(server, body, headers, left)
-            piece = read_piece(answer, body["rid"], 0, left, self.model.vocab_size)
-            if piece.finish is None:
-                raise Fault("cut", f"{server.url}: an answer without a finish_reason")
-            self._take(piece, response, current.version)
-            self._finish(piece, prompt, response, first, current.version)
-            self._note_speed(len(piece.token_ids), left, start)
+        if stream:
+            await self._stream(server, body, headers, left, prompt, response, current.version)
             return
-        events = server.events(body, self.config.stall_s, headers)
+        start = self._clock()
+        answer = await self._in_time(server, body, headers, left)
+        piece = read_piece(answer, body["rid"], 0, left, self.model.vocab_size)
+        if piece.finish is None:
+            raise Fault("cut", f"{server.url}: an answer without a finish_reason")
+        self._take(piece, response, current.version)
+        self._finish(piece, prompt, response, first, current.version)
+        self._note_speed(len(piece.token_ids), left, start)
+
+    async def _stream(
+        self,
+        server: Server,
+        body: dict[str, Any],
+        headers: dict[str, str] | None,
+        left: int,
+        prompt: Prompt,
+        response: Response,
+        floor: int,
+    ) -> None:
+        """Take a streamed answer event by event.
+
+        An event that is the first to name other weights may hold tokens of the ones before too; only the last event
+        tells them apart. Where there is none, that event and what came after it are taken back.
+
+        Raises:
+            Fault: it failed. What was taken and not taken back is sound.
+        """
+        first, seen, label, doubtful = len(response.token_ids), 0, "", -1
+        start, stall_s = self._clock(), self.config.stall_s
+        events = server.events(body, headers)
         try:
-            async for event in events:
-                piece = read_piece(event, body["rid"], seen, left, self.model.vocab_size)
-                goes_on = response.ending is None
-                self._take(piece, response, current.version)
-                seen += len(piece.token_ids)
-                if piece.finish is not None:
-                    self._finish(piece, prompt, response, first, current.version)
-                    self._note_speed(seen, left, start)
-                    return
-                if time.monotonic() - start > self._deadline(left):
-                    raise Fault("timeout", f"{server.url}: {seen} of {left} tokens after {self._deadline(left):.0f} s")
-                if goes_on and response.ending is not None:
-                    await server.abort(body["rid"])  # the last event still tells versions and experts
+            async with asyncio.timeout(stall_s) as limit:
+                self._limits.add(limit)
+                async for event in events:
+                    if response.ending is None:
+                        self._allow(limit, stall_s)
+                    piece = read_piece(event, body["rid"], seen, left, self.model.vocab_size)
+                    goes_on, before = response.ending is None, len(response.token_ids)
+                    self._take(piece, response, floor)
+                    seen += len(piece.token_ids)
+                    if piece.finish is not None:
+                        doubtful = doubtful if not piece.spans else -1
+                        self._finish(piece, prompt, response, first, floor)
+                        self._note_speed(seen, left, start)
+                        return
+                    if label and piece.version != label and doubtful < 0:
+                        doubtful = before
+                    label = piece.version
+                    if self._clock() - start > self._deadline(left):
+                        raise Fault("timeout", f"{server.url}: {seen} of {left} tokens in {self._deadline(left):.0f} s")
+                    if goes_on and response.ending is not None:
+                        await server.abort(body["rid"])  # the last event still tells versions and experts
+                        self._allow(limit, LEAVE_S)
+            raise Fault("cut", f"{server.url}: a stream that ends without a finish_reason")
+        except TimeoutError as error:
+            if response.ending is None:
+                raise Fault("timeout", f"{server.url}: nothing for {stall_s:.0f} s") from error
         finally:
+            self._limits.discard(limit)
             await events.aclose()
-        raise Fault("cut", f"{server.url}: a stream that ends without a finish_reason")
+            if doubtful >= 0:
+                response.cut(doubtful)
 
     async def _in_time(self, server: Server, body: dict[str, Any], headers: dict[str, str] | None, tokens: int) -> Any:
         """The answer to a request for so many tokens; its deadline comes nearer as the servers show how quick they are.
@@ -327,10 +377,10 @@ class SGLangEngine:
         Raises:
             Fault: it did not come in time.
         """
-        task, start = asyncio.create_task(server.whole(body, headers)), time.monotonic()
+        task, start = asyncio.create_task(server.whole(body, headers)), self._clock()
         try:
             while not (await asyncio.wait({task}, timeout=0.5))[0]:
-                if time.monotonic() - start > self._deadline(tokens):
+                if self._clock() - start > self._deadline(tokens):
                     raise Fault("timeout", f"{server.url}: no answer in {self._deadline(tokens):.0f} s")
             return task.result()
         finally:
@@ -338,6 +388,14 @@ class SGLangEngine:
                 task.cancel()
                 self._aborts.add(abort := asyncio.create_task(server.abort(body["rid"])))
                 abort.add_done_callback(self._aborts.discard)
+
+    def _clock(self) -> float:
+        """Seconds that stand still while weights change: nothing is generated then, and nobody is late."""
+        return self.pool.clock()
+
+    def _allow(self, limit: asyncio.Timeout, seconds: float) -> None:
+        """So many seconds from now; while weights change, any time."""
+        limit.reschedule(None if self.pool.updating else self._loop.time() + seconds)
 
     def _take(self, piece: Piece, response: Response, floor: int) -> None:
         """Append the tokens of a piece under the version that its event names."""
@@ -418,7 +476,7 @@ class SGLangEngine:
     def _note_speed(self, tokens: int, asked: int, start: float) -> None:
         """Remember how quick a request was; one of a few tokens says more of the queue than of the speed."""
         if tokens >= min(32, asked / 4):
-            self._speeds.append(tokens / max(time.monotonic() - start, 1e-6))
+            self._speeds.append(tokens / max(self._clock() - start, 1e-6))
 
     def _deadline(self, tokens: int) -> float:
         """Seconds that a request for so many tokens may take: four times what it takes at the slowest speed seen."""
@@ -432,8 +490,14 @@ class SGLangEngine:
         return pool
 
     async def _take_up(self, published: Published) -> None:
-        await self.pool.publish(published)
-        self._progress = time.monotonic()
+        for limit in self._limits:
+            limit.reschedule(None)
+        try:
+            await self.pool.publish(published)
+        finally:
+            for limit in self._limits:
+                limit.reschedule(self._loop.time() + self.config.stall_s)
+            self._progress = time.monotonic()
 
     async def _watch(self, pool: Pool) -> None:
         """End all waiting when no server has given a token for too long, and say why."""
@@ -453,10 +517,9 @@ class SGLangEngine:
     async def _close(self) -> None:
         for task in [*self._watchers, *self._tasks]:
             task.cancel()
-        await asyncio.gather(*self._watchers, *self._tasks, return_exceptions=True)
-        if self._aborts:
-            await asyncio.wait(self._aborts, timeout=5.0)
-        await self.pool.close()
+        self.pool.close()
+        if rest := {*self._watchers, *self._tasks, *self._aborts, *self.pool.lookers}:
+            await asyncio.wait(rest, timeout=5.0)  # a server that hangs does not hold us up
         await self._session.close()
 
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:

@@ -71,7 +71,7 @@ def train(
             rollout = rollout_metrics(
                 generation.prompts, generation.rollouts, generation.rewards_PR, generation.correct_PR
             )
-            run.unrecorded = rollout | generation.metrics | trained
+            run.unrecorded = rollout | generation.metrics | trained | run.prompts.take_metrics()
             with run.clock.stage("sync"):
                 run.engine.set_weights(run.state.params, run.step)
             finish_step(run, run.unrecorded)

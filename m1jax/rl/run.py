@@ -253,7 +253,7 @@ class Run:
         total = self.outcome["seconds"]
         for stage, seconds in lap.items():
             total[stage] = total.get(stage, 0.0) + seconds
-        metrics = metrics | self.prompts.take_metrics() | self.pending
+        metrics = metrics | self.pending
         if isinstance(self.engine, MeasuredEngine):
             metrics |= self.engine.take_metrics()
         metrics = metrics | {f"time/{stage}": seconds for stage, seconds in lap.items()}
@@ -467,7 +467,9 @@ def open_run(
         engine, heldout = ReplayEngine(config.rollout.replay, config.steps), []  # what others sampled tests nothing
     optimizer = make_optimizer(config.optimizer)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
-    report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
+    report.claim_run_folder(
+        folder, config, apart="servers"
+    )  # after everything that a user may have to mend in the config
     save_tokenizer(config.tokenizer, folder / HUGGINGFACE)
     reference = None
     with ExitStack() as stack:

@@ -75,12 +75,13 @@ class Sample:
     after_score: float
 
 
-def claim_run_folder(workdir: str | os.PathLike[str], config: Any) -> bool:
+def claim_run_folder(workdir: str | os.PathLike[str], config: Any, apart: str = "") -> bool:
     """Make `workdir` the folder of a run with this config; True where it already is one (the run is resumed).
 
     Args:
         workdir: the folder; made if absent.
         config: dataclass or plain values.
+        apart: section that may be another one when the run is resumed.
 
     Raises:
         UserError: the folder belongs to a run with another config; the line names the keys and both values.
@@ -94,6 +95,10 @@ def claim_run_folder(workdir: str | os.PathLike[str], config: Any) -> bool:
         write_json(folder / CONFIG, config)
         return False
     changes = changed_keys(_read_json(folder / CONFIG), json.loads(json.dumps(config)))
+    if moved := [key for key, _, _ in changes if apart and (key == apart or key.startswith(f"{apart}."))]:
+        changes = [change for change in changes if change[0] not in moved]
+        if not changes:
+            write_json(folder / CONFIG, config)
     if changes:
         told = ", ".join(f"{key} was {old!r} and is {new!r}" for key, old, new in changes)
         raise UserError(f"{folder}: holds a run with another config: {told}; give the old values or another --workdir")

@@ -25,7 +25,7 @@ from m1jax.rl.servers.probes import probe_flags, probe_logprobs
 from m1jax.rl.servers.protocol import BUSY, CHECK, Fault
 from m1jax.rl.servers.server import Server
 from m1jax.rl.servers.settings import ServersConfig
-from m1jax.rl.servers.weights import Published, update
+from m1jax.rl.servers.weights import Published, update, wake
 
 WAITING_S = 20.0
 """Seconds without a server after which the run says so, and says so again."""
@@ -59,6 +59,7 @@ class Pool:
         self._sticky: dict[int, Server] = {}
         self._waiting: deque[tuple[int, asyncio.Future[Server]]] = deque()
         self._closed = self._started = False
+        self._closed_at = self._updates_s = 0.0
         self._lookers: dict[Server, asyncio.Task[None]] = {}
         self._probed: set[str] = set()
         self.broken: Exception | None = None
@@ -131,6 +132,7 @@ class Pool:
         Raises:
             EngineLost: none could, nor came back within `patience_s`.
         """
+        self._closed_at = asyncio.get_running_loop().time()
         self._closed, before = True, self.current
         self.current, self._sums = published, {}
         serving = self.serving if before is not None else []
@@ -138,6 +140,7 @@ class Pool:
             sums = await asyncio.gather(*(self._update(server, self.config.update_mode) for server in serving))
             self._compare(dict(zip(serving, sums, strict=True)))
         finally:
+            self._updates_s += asyncio.get_running_loop().time() - self._closed_at
             self._closed = False
             self._deal()
         for server in self.servers:
@@ -148,11 +151,20 @@ class Pool:
             await self._all_or_a_moment()
         self._started = True
 
-    async def close(self) -> None:
-        """End the tasks that look at servers."""
-        for task in self._lookers.values():
+    @property
+    def lookers(self) -> list[asyncio.Task[None]]:
+        """The tasks that look at servers."""
+        return list(self._lookers.values())
+
+    def close(self) -> None:
+        """Tell them to end."""
+        for task in self.lookers:
             task.cancel()
-        await asyncio.gather(*self._lookers.values(), return_exceptions=True)
+
+    def clock(self) -> float:
+        """Seconds since whenever, in which the time of updates does not count."""
+        now = asyncio.get_running_loop().time()
+        return (self._closed_at if self._closed else now) - self._updates_s
 
     def forget(self, group: int) -> None:
         """All of prompt `group` is answered."""
@@ -327,6 +339,8 @@ class Pool:
             sums = await self._give_weights(server, "abort")
             if sums is not None and wanted is self.current and self._sums.setdefault(*sums) != sums[1]:
                 raise self._disagrees(server)
+        else:
+            await wake(server)  # it may have been left in a pause
         if server.url not in self._probed:
             try:
                 await probe_logprobs(server, self.needs, self.log)

@@ -115,7 +115,10 @@ async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None
                 f"config.sampling.temperature to 1"
             )
     if needs.repetition_stop == "stream":
-        await _probe_stream(server, prompt, needs)
+        try:
+            await asyncio.wait_for(_probe_stream(server, prompt, needs), PROBE_S)
+        except TimeoutError as error:
+            raise Fault("timeout", f"{server.url}: no stream of 4 tokens in {PROBE_S:.0f} s") from error
 
 
 async def _soon(server: Server, body: dict[str, Any]) -> Any:
@@ -141,7 +144,7 @@ async def _probe_stream(server: Server, prompt: list[int], needs: Needs) -> None
     """An older server has no flag to tell how it streams; a stream tells."""
     body = request(new_id(), prompt, 4, Sampling(4), needs.stop_ids, stream=True)
     seen = 0
-    async for event in server.events(body, PROBE_S):
+    async for event in server.events(body):
         ids = event.get("output_ids") if isinstance(event, dict) else None
         if ids and seen and len(ids) > seen:
             probe_flags(server.url, {"weight_version": "", "incremental_streaming_output": False}, needs)

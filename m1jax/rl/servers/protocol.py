@@ -210,6 +210,13 @@ def read_piece(
     Raises:
         Fault: it is an error, belongs to another request, or its tokens, lengths or log-probabilities are not sound.
     """
+    try:
+        return _read_piece(body, rid, so_far, max_new_tokens, vocab_size, cumulative)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise Fault("cut", f"an answer of a form that is none ({type(error).__name__}: {error})"[:200]) from error
+
+
+def _read_piece(body: Any, rid: str, so_far: int, max_new_tokens: int, vocab_size: int, cumulative: bool) -> Piece:
     if isinstance(body, list):
         raise Fault("duplicate", f"{len(body)} answers to one request")
     if not isinstance(body, dict):

@@ -79,16 +79,19 @@ def publish(
     start = time.perf_counter()
     config = with_dtype(config, dtype or config.param_dtype)
     staging = root / f".{label}.writing"
-    shutil.rmtree(staging, ignore_errors=True)
     reader = _Reader(params, config.param_dtype)
-    write_hf(staging, config, to_hf(config), reader.read)
-    if files is not None and files.is_dir():
-        for file in files.iterdir():
-            if file.is_file() and not (staging / file.name).exists():
-                shutil.copyfile(file, staging / file.name)
-    for file in staging.iterdir():
-        _sync(file)
-    staging.rename(root / label)
+    try:
+        write_hf(staging, config, to_hf(config), reader.read)
+        if files is not None and files.is_dir():
+            for file in files.iterdir():
+                if file.is_file() and not (staging / file.name).exists():
+                    shutil.copyfile(file, staging / file.name)
+        for file in staging.iterdir():
+            _sync(file)
+        staging.rename(root / label)
+    except BaseException:  # a full disk, Ctrl-C
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
     _sync(root)
     size = hf_bytes(hf_tensors(config), config.param_dtype)
     return Published(version, label, root / label, reader.digest, size, time.perf_counter() - start)
@@ -142,7 +145,19 @@ async def update(
         server.label, server.digest = published.label, published.digest
         return after
     finally:
-        await server.call("/continue_generation", {})
+        await wake(server)
+
+
+async def wake(server: Server) -> None:
+    """End a pause, where there is one; a connection that was closed under the call is no reason to leave it paused."""
+    for wait_s in (0.1, 0.5, None):
+        try:
+            await server.call("/continue_generation", {})
+            return
+        except Fault as fault:
+            if fault.kind != "unreachable" or wait_s is None:
+                raise
+        await asyncio.sleep(wait_s)
 
 
 async def _load(server: Server, published: Published, folder_there: str, flush: bool, timeout_s: float) -> None:
