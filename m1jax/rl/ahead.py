@@ -118,15 +118,16 @@ class Ahead:
                 self._groups[index] = group
         self._taken = {}
 
-    def ask_ahead(self, step: int) -> None:
-        """Before the weights of `step` are updated: ask what the next batches will be made of."""
-        if not self.staleness:
+    def ask_ahead(self, step: int, steps: int) -> None:
+        """Before the weights of `step` are updated: ask what the next batches, of `steps` in all, will be made of."""
+        left = steps - step - 1
+        if not self.staleness or left < 1:
             return
         for index, group in list(self._groups.items()):
             if group.asked < step + 1 - self.staleness:
                 self._again(index, step)
         batches = self.staleness if self.unfinished == "wait" else (self.staleness + 1) / 2
-        self._ask(int(batches * self.prompts) - len(self._groups), step)
+        self._ask(int(min(batches, left) * self.prompts) - len(self._groups), step)
 
     def take_metrics(self) -> dict[str, float]:
         """How old the tokens of the last batch were, in generation batches, and what became too old."""
@@ -193,7 +194,7 @@ class Ahead:
             concurrent.futures.wait(pending, 0.5, concurrent.futures.FIRST_COMPLETED)
 
     def _wait(self, group: _Group) -> None:
-        """Wait in steps, between which a signal is seen; the first failure of any group counts."""
+        """Wait in steps, between which a signal is seen."""
         while not group.answers.done():
             concurrent.futures.wait([group.answers], 0.5)
         group.answers.result()

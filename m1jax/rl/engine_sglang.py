@@ -41,6 +41,7 @@ from m1jax.rl.servers.server import Server, open_session
 from m1jax.rl.servers.settings import ServersConfig
 from m1jax.rl.servers.weights import Published, new_label, prune, publish
 from m1jax.types import HELDOUT_INDEX, Ending, Params, Prompt, Rollout, Sampling
+from m1jax.weights.hf_config import to_hf
 
 LEAVE_S = 5.0
 """Seconds for the last event of an answer that was aborted."""
@@ -158,7 +159,7 @@ class SGLangEngine:
         self._cpu = 0.0
         self._progress, self._longest = time.monotonic(), 1
         needs = Needs(
-            model.vocab_size, tuple(sorted(self.stop_ids)), tuple(temperatures), positions,
+            to_hf(model)["model_type"], model.vocab_size, tuple(sorted(self.stop_ids)), tuple(temperatures), positions,
             config.repetition_stop, config.update_mode, record_experts,
         )  # fmt: skip
         self._loop = asyncio.new_event_loop()
@@ -381,6 +382,7 @@ class SGLangEngine:
         try:
             while not (await asyncio.wait({task}, timeout=0.5))[0]:
                 if self._clock() - start > self._deadline(tokens):
+                    self._speeds.append(0.75 * self._slowest())  # servers may have become slower than any answer told
                     raise Fault("timeout", f"{server.url}: no answer in {self._deadline(tokens):.0f} s")
             return task.result()
         finally:
@@ -480,8 +482,11 @@ class SGLangEngine:
 
     def _deadline(self, tokens: int) -> float:
         """Seconds that a request for so many tokens may take: four times what it takes at the slowest speed seen."""
-        slowest = min(self._speeds, default=self.config.slowest_tokens_per_s)
-        return self.config.stall_s + 4 * tokens / slowest
+        return self.config.stall_s + 4 * tokens / self._slowest()
+
+    def _slowest(self) -> float:
+        """Tokens a second of the slowest of the last requests."""
+        return min(self._speeds, default=self.config.slowest_tokens_per_s)
 
     async def _open(self, needs: Needs, keys: Keys) -> Pool:
         self._session = open_session()

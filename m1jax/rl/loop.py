@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from m1jax.errors import EngineLost, require_finite
+from m1jax.errors import EngineLost, UserError, require_finite
 from m1jax.rl import evaluate as evaluation
 from m1jax.rl.advantage import group_advantages
 from m1jax.rl.batch import make_batch
@@ -54,7 +54,9 @@ def train(
         while run.step < config.steps and not stop.requested:
             generation = collect(run)  # prompts, rollouts, rewards; more prompts with dynamic sampling
             run.prompts.done(generation.again)
-            run.prompts.ask_ahead(run.step)  # with a staleness above 0 the next ones are answered meanwhile
+            run.prompts.ask_ahead(
+                run.step, config.steps
+            )  # with a staleness above 0 the next ones are answered meanwhile
             with run.clock.stage("batch"):
                 loss, used = config.loss, generation.used
                 advantages_PR, live_PR = group_advantages(generation.rewards_PR, loss.advantage_scale, loss.std, used)
@@ -101,10 +103,12 @@ def saved_without_engine(run: Run) -> Iterator[None]:
     """
     try:
         yield
-    except EngineLost as lost:
+    except (EngineLost, UserError) as error:
         if run.step:
             run.save()
-        raise Interrupted(75, str(lost)) from lost
+        if isinstance(error, UserError):  # a server that is set up wrongly, or a verifier: mended, the run goes on
+            raise
+        raise Interrupted(75, str(error)) from error
 
 
 def evaluate(run: Run) -> None:

@@ -396,13 +396,14 @@ def server_engine(config: RLConfig, questions: Questions, folder: Path, log: Cal
     """The engine that asks the servers of `config.servers`, as a run uses it."""
     assert config.servers is not None
     sampling = config.sampling, config.evaluation.sampling
+    shared = config.servers.weights_folder  # other runs may use it too
     return SGLangEngine(
         config.servers,
         config.model,
         stop_ids=questions.tokenizer.stop_ids,
         temperatures=[s.temperature for s in sampling],
         positions=config.problems.max_prompt_tokens + max(s.max_tokens for s in sampling),
-        weights=Path(config.servers.weights_folder or folder / WEIGHTS),
+        weights=Path(shared) / folder.absolute().name if shared else folder / WEIGHTS,
         files=folder / HUGGINGFACE,
         record_experts=config.rollout.router_replay != "off",
         log=log,
@@ -447,6 +448,8 @@ def open_run(
     check_rows(config.update.micro_batch_rows, "config.update.micro_batch_rows", mesh)
     if engine is not None and config.rollout.replay:
         raise UserError("config.rollout.replay: stands in for an engine, and one was given; leave one of the two out")
+    if engine is not None and config.servers is not None:
+        raise UserError("config.servers: stands in for an engine, and one was given; leave one of the two out")
     if engine is None and not config.rollout.replay and config.servers is None:
         check_rows(config.rollout.engine_rows, "config.rollout.engine_rows", mesh)
         prompts = config.rollout.engine_rows // config.rollout.responses

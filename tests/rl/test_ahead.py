@@ -73,7 +73,7 @@ def batch(queue: Ahead, engine: Scripted, step: int, again=()) -> list[int]:
     prompts, rollouts = queue.take(4, step)
     assert [p.index for p in prompts] == [group[0].prompt_index for group in rollouts]
     queue.done(list(again))
-    queue.ask_ahead(step)
+    queue.ask_ahead(step, 100)
     engine.set_weights(None, step + 1)
     return [p.index for p in prompts]
 
@@ -162,7 +162,7 @@ def test_what_a_batch_gives_back_comes_first_in_the_next_one(staleness):
 def test_a_resumed_run_asks_first_what_was_asked_and_not_used():
     engine = Scripted(at_once=False)
     queue = ahead(engine, 3, "next_batch")
-    queue.ask_ahead(0)  # 0 to 7
+    queue.ask_ahead(0, 100)  # 0 to 7
     engine.finish(0, 2, 3, 6)
     prompts, _ = queue.take(4, 1)
     assert [p.index for p in prompts] == [0, 2, 3, 6]
@@ -178,7 +178,7 @@ def test_a_resumed_run_asks_first_what_was_asked_and_not_used():
 def test_the_first_failure_reaches_whoever_waits():
     engine = Scripted(at_once=False)
     queue = ahead(engine, 2, "next_batch")
-    queue.ask_ahead(0)
+    queue.ask_ahead(0, 100)
     engine.finish(0, 1, 2)
     engine.under_way[3][1].set_exception(RuntimeError("gone"))
     with pytest.raises(RuntimeError, match="gone"):
@@ -213,6 +213,15 @@ def test_the_local_engine_answers_behind_an_update_with_the_weights_it_was_asked
         np.testing.assert_array_equal(r.rollout_logprobs, s.rollout_logprobs)
     newer = engine.submit(prompts, 4, SAMPLING, 7)[0].result(60)
     assert newer[0].weight_version == 1
-    cancelled = engine.submit(prompts, 4, SAMPLING, 7)
-    assert all(f.cancel() or f.running() or f.done() for f in cancelled)
     engine.close()
+
+
+def test_nothing_is_asked_ahead_that_no_batch_will_take():
+    engine = Scripted()
+    queue = ahead(engine, 3)
+    for step in range(5):
+        queue.take(4, step)
+        queue.done([])
+        queue.ask_ahead(step, 5)
+        engine.set_weights(None, step + 1)
+    assert len(engine.asked) == 20 and queue.position == (20, [])

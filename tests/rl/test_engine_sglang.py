@@ -199,7 +199,7 @@ def test_a_server_that_dies_in_a_batch_comes_back_with_the_current_weights(tmp_p
         groups = [future.result(60) for future in futures]
         check(groups, prompts(8), 2, served(made, 1), max_tokens=60)
         metrics = made.take_metrics()
-        assert metrics["engine/restarts"] == 1 and metrics["engine/servers_out"] == 1 == metrics["engine/servers"]
+        assert metrics["engine/restarts"] == 1 and metrics["engine/servers_out"] >= 1 == metrics["engine/servers"]
         assert metrics.get("engine/fault_unreachable", 0) + metrics.get("engine/fault_cut", 0) >= 1
         assert metrics["engine/continued"] >= 1  # what a stream had brought was kept
     assert any("came back with weights 'default'; it is given 00000001-" in line for line in said)
@@ -285,10 +285,16 @@ def test_answers_under_way_continue_over_an_update_and_say_so(tmp_path, params, 
         pauses = [r.body["mode"] for r in a.received if r.path == "/pause_generation"]
         assert pauses[-1] == mode
         # Prefixes of one version are not shared with another.
-        keys = {
-            r.body["extra_key"] for d in (a, b) for r in d.received if r.path == "/generate" and "extra_key" in r.body
-        }
-        assert {key[:8] for key in keys} <= {"00000000", "00000001", "00000002"}
+        for d in (a, b):
+            label, paused = "", False
+            for r in d.received:
+                if r.path == "/update_weights_from_disk":
+                    label = r.body["weight_version"]
+                    assert r.body["flush_cache"] is (mode != "in_place") or r.body["weight_version"][:8] == "00000000"
+                elif r.path in ("/pause_generation", "/continue_generation"):
+                    paused = r.path == "/pause_generation"
+                elif r.path == "/generate" and "extra_key" in r.body:
+                    assert r.body["extra_key"] == label and not paused  # nothing is asked while weights change
 
 
 def test_an_update_that_fails_puts_that_server_out_and_says_so(tmp_path, params, monkeypatch):
@@ -633,5 +639,113 @@ def test_a_server_that_comes_back_set_up_wrongly_is_left_out_and_at_the_start_re
         double(incremental=False) as b,
         engine(tmp_path, a, b) as made,
         pytest.raises(UserError, match=f"{b.url}: streams all earlier"),
+    ):
+        made.set_weights(params[0], 0)
+
+
+def test_a_request_says_all_that_shapes_the_distribution(tmp_path, params):
+    """A server may have defaults of its own; one in deterministic mode is told the noise as well."""
+    shared = tmp_path / "shared"
+    with (
+        double(deterministic=True, experts=(2, 2, 4)) as a,
+        engine(shared / "run", a, weights_folder=str(shared), weights_folder_there=f"{shared}/../shared") as made,
+    ):
+        made.set_weights(params[0], 0)
+        made.generate(prompts(2), 2, Sampling(7, temperature=0.7, top_p=0.5, top_k=9), 3)
+        bodies = [r.body for r in a.received if r.path == "/generate" and r.body["sampling_params"]["top_p"] < 1]
+        for body in bodies:
+            sampling = body["sampling_params"]
+            assert (sampling["max_new_tokens"], sampling["temperature"], sampling["top_k"]) == (7, 0.7, 9)
+            assert sampling["stop_token_ids"] == [STOP] and not sampling["ignore_eos"] and body["return_logprob"]
+        assert len({body["sampling_params"]["sampling_seed"] for body in bodies}) == 4
+        update = next(r.body for r in a.received if r.path == "/update_weights_from_disk")
+        assert update["model_path"].startswith(f"{shared}/../shared/run/00000000-")
+        again = made.generate(prompts(2), 2, Sampling(7, temperature=0.7, top_p=0.5, top_k=9), 3)
+        assert len(again) == 2
+        seeds = [r.body["sampling_params"]["sampling_seed"] for r in a.received if r.path == "/generate"][-4:]
+        assert set(seeds) == {body["sampling_params"]["sampling_seed"] for body in bodies}  # the same noise
+
+
+def test_no_more_is_under_way_at_a_server_than_it_is_to_have(tmp_path, params):
+    with double(seconds_per_token=0.005) as a, double() as gateway, engine(tmp_path, a, in_flight=3) as made:
+        made.set_weights(params[0], 0)
+        futures, most = made.submit(prompts(6), 4, Sampling(20), 0), 0
+        while not all(f.done() for f in futures):
+            most = max(most, made.pool.servers[0].in_flight)
+            time.sleep(0.001)
+        assert most == 3
+        check([f.result() for f in futures], prompts(6), 4, served(made), max_tokens=20)
+        assert gateway.received == []
+
+
+def test_a_full_queue_is_waited_for_and_is_no_failure(tmp_path, params):
+    options = dict(max_queued=1, max_running=2, seconds_per_token=0.01)
+    with double(**options) as a, engine(tmp_path, a, attempts=2, stall_s=20.0) as made:
+        made.set_weights(params[0], 0)
+        check(made.generate(prompts(6), 2, Sampling(20), 0), prompts(6), 2, served(made), max_tokens=20)
+        assert made.take_metrics()["engine/fault_busy"] > 2
+
+
+@pytest.mark.parametrize("mode", ["retract", "in_place"])
+def test_an_update_may_take_longer_than_any_patience(tmp_path, params, monkeypatch, mode):
+    """Nothing is generated meanwhile, which is nobody's fault; the answers go on after it."""
+    import asyncio
+
+    with (
+        double(seconds_per_token=0.01) as a,
+        engine(tmp_path, a, update_mode=mode, stall_s=0.5, patience_s=1.0) as made,
+    ):
+        made.set_weights(params[0], 0)
+        digests, load = served(made, 0), a._load
+
+        async def slow(body, waited):
+            await asyncio.sleep(2.0)
+            return await load(body, waited)
+
+        monkeypatch.setattr(a, "_load", slow)
+        futures = made.submit(prompts(4), 2, Sampling(60), 0)
+        time.sleep(0.2)
+        made.set_weights(params[1], 1)
+        digests |= served(made, 1)
+        check([f.result(60) for f in futures], prompts(4), 2, digests, max_tokens=60)
+        metrics = made.take_metrics()
+        assert metrics["engine/faults"] == 0 and metrics["engine/servers_out"] == 0
+
+
+def test_streams_that_break_after_an_update_keep_no_token_of_doubtful_weights(tmp_path, params):
+    """An event of many tokens may straddle the update; it names the new weights, and only a last event would tell."""
+    import asyncio
+
+    from tests.sglang_faults import reset
+
+    async def reset_all():
+        for connection in list(a._runner.server.connections):
+            reset(connection.transport)
+
+    for attempt in range(3):
+        with double(seconds_per_token=0.01) as a, engine(tmp_path / str(attempt), a, stream_interval=32) as made:
+            made.set_weights(params[0], 0)
+            digests = served(made, 0)
+            futures = made.submit(prompts(8), 2, Sampling(120), 0)
+            time.sleep(0.3 + 0.05 * attempt)
+            made.set_weights(params[1], 1)
+            digests |= served(made, 1)
+            time.sleep(0.35)
+            asyncio.run_coroutine_threadsafe(reset_all(), a._loop).result(10)
+            check([f.result(60) for f in futures], prompts(8), 2, digests, max_tokens=120)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 8])
+def test_disjoint_pieces_are_not_taken_for_repeated_ones(tmp_path, params, interval):
+    with double(stream_interval=interval) as a, engine(tmp_path, a, stream_interval=0) as made:
+        made.set_weights(params[0], 0)
+        check(made.generate(prompts(2), 2, Sampling(40), 0), prompts(2), 2, served(made))
+
+
+def test_an_address_of_something_else_is_refused_at_once(tmp_path, params):
+    with (
+        double() as a,
+        engine(tmp_path, urls=(f"{a.url}/v1",)) as made,
+        pytest.raises(UserError, match="is this the address of an SGLang server"),
     ):
         made.set_weights(params[0], 0)

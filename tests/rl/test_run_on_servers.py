@@ -92,7 +92,6 @@ def test_when_the_servers_are_gone_it_saves_exits_75_and_goes_on_later(tmp_path,
     assert [row["step"] for row in result.metrics] == [0, 1, 2, 3]
     assert result.metrics[0]["heldout/sums/mean"] >= 0 and "heldout/sums/mean" in result.metrics[3]
     assert set(result.summary["heldout"]["sums"]) == {"majority", "before", "after"}
-    assert all(row["train/updates_applied"] >= 0 for row in result.metrics[1:])
 
 
 def test_servers_that_come_back_in_time_cost_nothing_but_time(tmp_path):
@@ -165,10 +164,6 @@ def test_a_run_asked_ahead_is_resumed_with_fresh_answers_to_the_same_prompts(tmp
     changes = dict(rollout__staleness=1, init_from=runs.save_bigram(tmp_path), steps=4, rollout__save=True)
 
     class Stop(Exception): ...
-
-    def stop(line):
-        if "step 3" in line:
-            raise Stop
 
     from m1jax.rl import loop
 

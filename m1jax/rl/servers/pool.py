@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import aiohttp
 
@@ -38,7 +39,7 @@ class Pool:
 
     Args:
         needs: what the run wants of a server, see `m1jax.rl.servers.probes`.
-        log: takes a line when a server leaves or comes back.
+        log: takes a line when a server serves for the first time, does not take its weights, or is waited for.
         counts: failures and restarts, for the metrics.
     """
 
@@ -58,7 +59,7 @@ class Pool:
         self._sums: dict[str, str] = {}  # of the current weights, by how a server is spread over ranks
         self._sticky: dict[int, Server] = {}
         self._waiting: deque[tuple[int, asyncio.Future[Server]]] = deque()
-        self._closed = self._started = False
+        self._closed = self._started = self._past_front = False
         self._closed_at = self._updates_s = 0.0
         self._lookers: dict[Server, asyncio.Task[None]] = {}
         self._probed: set[str] = set()
@@ -109,11 +110,15 @@ class Pool:
         """Draw the conclusions of a failed request."""
         self.counts[fault.kind] += 1
         if server is self.front:
+            if fault.kind == "version":
+                # It has a server with other weights behind it, which it will not leave out, and we cannot tell which.
+                self.log(f"warning: {server.url}: {fault.detail}; servers are asked directly until the next update")
+                self._past_front = True
             for each in self.serving if fault.kind in CHECK else ():
                 self.put_out(each, fault)
         elif fault.kind in CHECK:
             self.put_out(server, fault)
-        elif fault.kind in BUSY:
+        if fault.kind in BUSY:
             server.rest_until = asyncio.get_running_loop().time() + random.uniform(0.1, 1.0)
 
     def put_out(self, server: Server, fault: Fault) -> None:
@@ -133,7 +138,7 @@ class Pool:
             EngineLost: none could, nor came back within `patience_s`.
         """
         self._closed_at = asyncio.get_running_loop().time()
-        self._closed, before = True, self.current
+        self._closed, self._past_front, before = True, False, self.current
         self.current, self._sums = published, {}
         serving = self.serving if before is not None else []
         try:
@@ -190,8 +195,9 @@ class Pool:
         """The server for a request of prompt `group`; None while none has room."""
         now = asyncio.get_running_loop().time()
         ready = [] if self._closed else [s for s in self.serving if s.rest_until <= now]
-        if self.front is not None:
-            return self.front if ready and self.front.in_flight < self.config.in_flight * len(ready) else None
+        if self.front is not None and not self._past_front:
+            free = self.front.rest_until <= now and self.front.in_flight < self.config.in_flight * len(ready)
+            return self.front if free else None
         ready = [s for s in ready if s.in_flight < self.config.in_flight]
         if not ready:
             return None
@@ -280,11 +286,16 @@ class Pool:
         return fault
 
     async def _give_weights(self, server: Server, mode: str) -> tuple[str, str] | None:
+        async with server.updates:
+            return await self._give_weights_now(server, mode)
+
+    async def _give_weights_now(self, server: Server, mode: str) -> tuple[str, str] | None:
         published = self.current
         assert published is not None
         there = str(published.folder.absolute())
         if self.config.weights_folder_there:
-            there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.name}"
+            here = Path(self.config.weights_folder) if self.config.weights_folder else published.folder.parent
+            there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.relative_to(here)}"
         inspect = partial(probe_flags, server.url, needs=self.needs)
         return await update(server, published, there, mode, self.config.update_s, inspect)
 

@@ -18,6 +18,7 @@ from m1jax.errors import UserError
 from m1jax.rl.servers.protocol import Fault, new_id, read_piece, request
 from m1jax.rl.servers.server import Server
 from m1jax.types import Sampling
+from m1jax.weights.hf_config import MODEL_TYPES
 
 PROBE_TOKENS, PROBE_S = 8, 120.0
 
@@ -27,6 +28,7 @@ class Needs:
     """What a run wants of a server.
 
     Attributes:
+        model_type: of the model, as its config.json has it.
         vocab_size: of the model.
         stop_ids: ids that end a response.
         temperatures: that answers are sampled at.
@@ -36,6 +38,7 @@ class Needs:
         experts: whether the experts that serve are asked for.
     """
 
+    model_type: str
     vocab_size: int
     stop_ids: tuple[int, ...]
     temperatures: tuple[float, ...]
@@ -55,6 +58,12 @@ def probe_flags(url: str, info: Mapping[str, Any], needs: Needs) -> None:
         raise UserError(
             f"{url}: does not name the version of its weights, so that nobody can know which weights an answer is of; "
             f"it needs an SGLang with /update_weights_from_disk (0.5 or newer)"
+        )
+    served, wanted = (MODEL_TYPES.get(str(name)) for name in (info.get("model_type"), needs.model_type))
+    if served not in (None, wanted):
+        raise UserError(
+            f"{url}: serves {info.get('served_model_name')}, a {info.get('model_type')}, and the run trains a "
+            f"{needs.model_type}; start it with an export of config.model"
         )
     if preferred := info.get("preferred_sampling_params"):
         raise UserError(
@@ -146,6 +155,6 @@ async def _probe_stream(server: Server, prompt: list[int], needs: Needs) -> None
     seen = 0
     async for event in server.events(body):
         ids = event.get("output_ids") if isinstance(event, dict) else None
-        if ids and seen and len(ids) > seen:
+        if ids and seen and len(ids) == event["meta_info"].get("completion_tokens"):  # more than what is new
             probe_flags(server.url, {"weight_version": "", "incremental_streaming_output": False}, needs)
         seen += len(ids or ())

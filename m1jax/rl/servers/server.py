@@ -5,6 +5,7 @@ Which server to ask, when to ask again and what an answer means is not known her
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
@@ -41,12 +42,14 @@ class Server:
         label: of the weights that it was seen to have after an update of ours; "" before that.
         digest: `Published.digest` of the weights that it has; None where that is not known.
         deterministic: whether it makes the noise of a token from a seed.
+        updates: held by whoever changes its weights.
         has_checker: whether it has /weights_checker; None before that is known.
         counts: bytes received, by all its answers.
     """
 
     def __init__(self, url: str, session: aiohttp.ClientSession, keys: Keys, counts: Counter[str]):
         self.url, self._session, self._keys, self.counts = url, session, keys, counts
+        self.updates = asyncio.Lock()
         self.in_flight, self.out, self.rest_until, self.label = 0, "not looked at yet", 0.0, ""
         self.digest: int | None = None
         self.deterministic = False
@@ -115,9 +118,17 @@ class Server:
             except Fault as fault:
                 if fault.kind != "refused":
                     raise
-                answer = await self.call(path.replace("/", "/get_"))
+                answer = await self._by_its_old_name(path)
             found |= answer if isinstance(answer, dict) else {}
         return found
+
+    async def _by_its_old_name(self, path: str) -> Any:
+        try:
+            return await self.call(path.replace("/", "/get_"))
+        except Fault as fault:
+            if fault.kind != "refused":
+                raise
+            raise UserError(f"{self.url}{path}: {fault.detail}; is this the address of an SGLang server?") from fault
 
     async def checksums(self) -> tuple[str, str] | None:
         """(how it is spread over ranks, hash of every parameter on each) by /weights_checker; None without one."""
@@ -126,7 +137,7 @@ class Server:
         try:
             answer = await self.call("/weights_checker", {"action": "checksum"}, timeout_s=300.0)
         except Fault as fault:
-            if fault.kind != "refused":
+            if not fault.detail.startswith("status 404"):
                 raise
             self.has_checker = False
             return None

@@ -17,8 +17,8 @@ class ServersConfig:
     Attributes:
         urls: base URL of each server, "http://host:30000".
         gateway: URL that answers are asked of instead, a router before those servers; weights go to each of them.
-        weights_folder: where weights are put for the servers to read; "" is `weights/` in the run folder. Every server
-            has to see it.
+        weights_folder: where weights are put for the servers to read, in a folder of the run's name; "" is `weights/`
+            in the run folder. Every server has to see it.
         weights_folder_there: its path as the servers see it; "" is the same.
         weights_dtype: dtype of the weights there; "" is that of the parameters.
         update_mode: what becomes of answers under way when weights change. "retract": they go back to the server's
