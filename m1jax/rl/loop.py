@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from m1jax.errors import EngineLost, UserError, require_finite
+from m1jax.errors import EngineLost, require_finite
 from m1jax.rl import evaluate as evaluation
 from m1jax.rl.advantage import group_advantages
 from m1jax.rl.batch import make_batch
@@ -103,12 +103,10 @@ def saved_without_engine(run: Run) -> Iterator[None]:
     """
     try:
         yield
-    except (EngineLost, UserError) as error:
+    except EngineLost as lost:
         if run.step:
             run.save()
-        if isinstance(error, UserError):  # a server that is set up wrongly, or a verifier: mended, the run goes on
-            raise
-        raise Interrupted(75, str(error)) from error
+        raise Interrupted(75, str(lost)) from lost
 
 
 def evaluate(run: Run) -> None:

@@ -662,8 +662,10 @@ def test_a_request_says_all_that_shapes_the_distribution(tmp_path, params):
         assert update["model_path"].startswith(f"{shared}/../shared/run/00000000-")
         again = made.generate(prompts(2), 2, Sampling(7, temperature=0.7, top_p=0.5, top_k=9), 3)
         assert len(again) == 2
-        seeds = [r.body["sampling_params"]["sampling_seed"] for r in a.received if r.path == "/generate"][-4:]
-        assert set(seeds) == {body["sampling_params"]["sampling_seed"] for body in bodies}  # the same noise
+        asked = [r.body["sampling_params"] for r in a.received if r.path == "/generate"][-4:]
+        assert {sampling["sampling_seed"] for sampling in asked} == {
+            body["sampling_params"]["sampling_seed"] for body in bodies
+        }  # the same noise
 
 
 def test_no_more_is_under_way_at_a_server_than_it_is_to_have(tmp_path, params):
