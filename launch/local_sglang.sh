@@ -22,9 +22,14 @@ export JAX_PLATFORMS=${TRAINER_PLATFORM:-cpu}
 served=$workdir.served
 if [ ! -d "$served" ]; then
     "$python" -m experiments.convert_weights --from="$init_from" --to="$served"
+    echo "$init_from" >"$served.from"
+elif [ "$(cat "$served.from" 2>/dev/null)" != "$init_from" ]; then
+    echo "$served is not an export of $init_from; delete it, or give another WORKDIR" >&2
+    exit 2
 fi
 
 server='' trainer=''
+# shellcheck disable=SC2329 # the trap calls it
 stop() {
     trap '' INT TERM
     for pid in $trainer $server; do kill -TERM "$pid" 2>/dev/null || true; done
@@ -37,6 +42,10 @@ trap 'exit 143' TERM
 read -r -a flags <<<"${SERVER_FLAGS:-}"
 LOG=$workdir.server.log launch/sglang.sh "$served" "$port" "${flags[@]}" &
 server=$!
+sleep 2 # where its port is taken it has said so by now, and the trainer must not ask whoever has it
+if ! kill -0 "$server" 2>/dev/null; then
+    exit 2
+fi
 
 # The trainer waits for the server by itself. A signal to this script goes on to it; it saves, and its exit code is ours.
 "$python" -m experiments.train_rl --config="$config" --workdir="$workdir" --init_from="$init_from" \
@@ -44,8 +53,13 @@ server=$!
 trainer=$!
 trap 'kill -INT "$trainer"' INT
 trap 'kill -TERM "$trainer"' TERM
+told=''
 while kill -0 "$trainer" 2>/dev/null; do
-    wait "$trainer" || true # a signal ends the wait, not the trainer
+    wait -n "$trainer" "$server" || true # a signal ends the wait, not the trainer
+    if [ -z "$told" ] && kill -0 "$trainer" 2>/dev/null && ! kill -0 "$server" 2>/dev/null; then
+        echo "the server ended, see $workdir.server.log; the trainer waits for config.servers.patience_s" >&2
+        told=yes server=$trainer # nothing else is left to wait for
+    fi
 done
 code=0
 wait "$trainer" || code=$?

@@ -46,6 +46,15 @@ cuda) flags+=(--chunked-prefill-size 8192 --max-running-requests 256) ;; # not r
 *) echo "PLATFORM: $PLATFORM must be cpu or cuda" >&2 && exit 2 ;;
 esac
 
+host=${HOST:-127.0.0.1}
+if [ "$host" = 0.0.0.0 ]; then
+    host=127.0.0.1 # listens on all addresses, this one too
+fi
+if (exec 3<>"/dev/tcp/$host/$port") 2>/dev/null; then
+    echo "launch/sglang.sh: something listens on port $port of $host already; give another PORT" >&2
+    exit 2
+fi
+
 pid='' private=''
 stop() {
     trap '' INT TERM
@@ -78,7 +87,7 @@ setsid "$python" -m sglang.launch_server "${flags[@]}" "$@" >"${LOG:-/dev/stderr
 pid=$!
 
 ready() ( # GET /ready is 200 as soon as the server takes requests
-    exec 3<>"/dev/tcp/127.0.0.1/$port" && printf 'GET /ready HTTP/1.0\r\n\r\n' >&3
+    exec 3<>"/dev/tcp/$host/$port" && printf 'GET /ready HTTP/1.0\r\n\r\n' >&3
     read -r -t 5 line <&3 && [[ $line == *" 200 "* ]]
 ) 2>/dev/null
 deadline=$((SECONDS + ${READY_SECONDS:-900}))
@@ -87,5 +96,5 @@ until ready; do
     [ $SECONDS -lt $deadline ] || { echo "not ready after ${READY_SECONDS:-900} s; see ${LOG:-above}" >&2 && exit 1; }
     sleep 0.5
 done
-echo "ready: http://127.0.0.1:$port serves $model, pid $pid"
+echo "ready: http://$host:$port serves $model, pid $pid"
 wait "$pid"

@@ -25,7 +25,10 @@ def lightning_backend(model_runner):
     if model_runner.device == "cpu":
         return TorchLightningBackend(model_runner)
     if (width := model_runner.model_config.hf_config.head_dim) % 128:
-        raise NotImplementedError(f"SGLang's lightning kernel decodes heads of 128, 256, ..., not of {width}")
+        # The kernel's decoding takes blocks of 128 channels (sglang 0.5.23, seg_la); MiniMax-M1's heads have 128.
+        raise ValueError(
+            f"head_dim {width}: SGLang's lightning kernel decodes 128, 256, ...; serve it with --device cpu"
+        )
     from sglang.srt.layers.attention.linear.lightning_backend import LightningAttentionBackend
 
     return LightningAttentionBackend(model_runner)
@@ -52,7 +55,11 @@ class TorchLightningBackend(MambaAttnBackendBase):
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **_):
         """q, k, v [tokens of all prompts, N * H] -> o of the same shape, float32."""
         if forward_batch.forward_mode.is_target_verify() or self.forward_metadata.has_mamba_track_mask:
-            raise NotImplementedError("states from inside a prompt are kept by the GPU backend only")
+            # By default a CPU server does neither: both need the state in the middle of what is computed.
+            raise ValueError(
+                "speculative decoding and --mamba-radix-cache-strategy extra_buffer are for the GPU backend; "
+                "start a CPU server without them"
+            )
         q, k, v = self._heads(layer, q, k, v)
         states, slots = self._states(layer), self.forward_metadata.mamba_cache_indices
         outputs, at = torch.zeros_like(v), 0

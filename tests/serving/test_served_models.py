@@ -129,7 +129,7 @@ def test_logprobs_are_those_of_the_temperature(served, temperature):
 def test_recorded_logprobs(served):
     """Two rows that Transformers scored: nothing of ours in between."""
     if served.name == "odd":
-        pytest.skip("nobody has recorded it")
+        pytest.skip("made here of sizes that no other implementation has recorded")
     numbers = golden.numbers(served.name)
     for ids, recorded in zip(numbers["input_ids"].tolist(), numbers["logprobs"], strict=True):
         answer = served.generate(ids, 1, logprob_start_len=0)
@@ -143,7 +143,7 @@ def test_recorded_logprobs(served):
 
 def test_greedy_answer_is_the_recorded_one(served):
     if served.name == "odd":
-        pytest.skip("nobody has recorded it")
+        pytest.skip("made here of sizes that no other implementation has recorded")
     numbers = golden.numbers(served.name)
     answer = served.generate(numbers["greedy_prompt"].tolist(), 32, temperature=0.0)
     assert answer["output_ids"] == numbers["greedy_ids"].tolist()
@@ -153,7 +153,7 @@ def test_greedy_answer_is_the_recorded_one(served):
 def test_experts_are_our_router_s(served):
     """In the order of the choice, for every token but the last, those of the prompt included."""
     if served.name not in HYBRID:
-        pytest.skip("a dense model has none")
+        pytest.skip("a dense model has no router")
     ids = prompt(300, 5)
     answer = served.generate(ids, 60)
     theirs = models.experts_of(answer, served.old.config)
@@ -231,7 +231,7 @@ FAULTS = {
 def test_bad_folder_is_refused_and_the_old_weights_serve(served, fault, tmp_path):
     """For models of SGLang's own too, which would take the first two for good and die of the third."""
     if served.name not in ("m1_tiny", "qwen2_tiny"):
-        pytest.skip("as for m1_tiny")
+        pytest.skip("one model of ours and one of SGLang's: what is checked does not hang on the sizes")
     folder, named, norm = tmp_path / "bad", "", "model.layers.1.input_layernorm.weight"
     if fault in FAULTS:
         edit, named = FAULTS[fault]
@@ -243,7 +243,7 @@ def test_bad_folder_is_refused_and_the_old_weights_serve(served, fault, tmp_path
         file.write_bytes(file.read_bytes()[:-100])
     if fault == "other network":
         if served.name == "qwen2_tiny":
-            pytest.skip("SGLang's own models are known by their tensors only")
+            pytest.skip("of models that are not ours we know the tensors only, not what config.json means for them")
         config, named = folder / "config.json", "rope_theta is 10000.0"
         config.write_text(config.read_text().replace('"rope_theta": 10000000.0', '"rope_theta": 10000.0'))
     status, told = served.server.update(folder, "bad")

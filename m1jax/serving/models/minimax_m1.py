@@ -41,7 +41,10 @@ class MiniMaxM1ForCausalLM(nn.Module):
     def __init__(self, config: MiniMaxM1Config, quant_config=None, prefix: str = ""):
         super().__init__()
         if quant_config is not None or is_dp_attention_enabled() or get_parallel().pp_size > 1:
-            raise NotImplementedError("MiniMax-M1 is served without quantisation, DP attention and pipeline stages")
+            # Each changes how tensors are named, split or stored; a set-up that nobody has checked is not guessed at.
+            raise ValueError(
+                "MiniMax-M1 is served without --quantization, --enable-dp-attention and --pp-size; leave them out"
+            )
         self.config = config
         self.model = Decoder(config, "model")
         if config.tie_word_embeddings:
