@@ -104,6 +104,7 @@ def saved_without_engine(run: Run) -> Iterator[None]:
     try:
         yield
     except EngineLost as lost:
+        run.note_engine()  # what the servers went through belongs to this step, not to the process that goes on with it
         if run.step:
             run.save()
         raise Interrupted(75, str(lost)) from lost

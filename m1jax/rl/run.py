@@ -255,14 +255,19 @@ class Run:
             total[stage] = total.get(stage, 0.0) + seconds
         metrics = metrics | self.pending
         if isinstance(self.engine, MeasuredEngine):
-            metrics |= self.engine.take_metrics()
+            metrics = self.engine.take_metrics() | metrics
         metrics = metrics | {f"time/{stage}": seconds for stage, seconds in lap.items()}
-        if tokens := metrics.get("rollout/tokens"):
+        if (tokens := metrics.get("rollout/tokens")) and "rollout" in lap:
             metrics["time/tokens_per_second"] = tokens / max(sum(lap.values()) - lap.get("compile", 0.0), 1e-9)
         metrics["time/cpu"], self.cpu = cpu - self.cpu, cpu
         metrics["time/compiles"] = self.clock.compiles
         self.pending = {}
         self.sinks.write(self.step, metrics)
+
+    def note_engine(self) -> None:
+        """Put what the engine tells of a step to the metrics that are not recorded yet, where there are any."""
+        if self.unrecorded is not None and isinstance(self.engine, MeasuredEngine):
+            self.unrecorded |= self.engine.take_metrics()
 
     def save(self) -> None:
         """Save everything that the next step depends on, where this step is not saved yet."""

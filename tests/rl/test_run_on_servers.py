@@ -90,6 +90,9 @@ def test_when_the_servers_are_gone_it_saves_exits_75_and_goes_on_later(tmp_path,
         a.restart()
         result = train(made, tmp_path / "run", log=lambda _: None)
     assert [row["step"] for row in result.metrics] == [0, 1, 2, 3]
+    if step:  # lost at the sync of that step, whose row says so though another process has written it
+        assert result.metrics[step]["engine/servers_out"] >= 1 and result.metrics[step]["engine/requests"] >= 32
+        assert "time/tokens_per_second" not in result.metrics[step]
     assert result.metrics[0]["heldout/sums/mean"] >= 0 and "heldout/sums/mean" in result.metrics[3]
     assert set(result.summary["heldout"]["sums"]) == {"majority", "before", "after"}
 
