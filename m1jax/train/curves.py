@@ -101,7 +101,7 @@ def draw_curves(
         axes = figure.add_subplot(lines, columns, place)
         for number, name in enumerate(curves):
             label, starred = _label(name, panel.patterns)
-            plain = ("0.25", "C9", "C6", "C8", "C7")[number % 5]  # apart from the first colors of `colors`
+            plain = ("0.25", "C9", "C6", "C8", "C7", "C5")[number % 6]  # apart from the first colors of `colors`
             color = colors.setdefault(label, f"C{len(colors) % 10}") if starred else plain
             _draw(axes, rows, name, label, color)
         _dress(axes, panel, [row[name] for name in curves for row in rows if _drawable(row.get(name))])

@@ -751,3 +751,51 @@ def test_an_address_of_something_else_is_refused_at_once(tmp_path, params):
         pytest.raises(UserError, match="is this the address of an SGLang server"),
     ):
         made.set_weights(params[0], 0)
+
+
+def test_weights_that_did_not_change_are_noticed_where_there_is_but_one_server(tmp_path, params, monkeypatch):
+    with double() as a, engine(tmp_path, a, patience_s=1.0) as made:
+        made.set_weights(params[0], 0)
+        load = a._load
+
+        async def label_only(body, waited):
+            before = a._scheduler.weights
+            answer = await load(body, waited)
+            a._scheduler.weights = before
+            return answer
+
+        monkeypatch.setattr(a, "_load", label_only)
+        with pytest.raises(EngineLost, match="its checksums are the same after an update to 00000001-"):
+            made.set_weights(params[1], 1)
+
+
+def test_an_abort_that_is_lost_costs_a_moment_and_no_token(tmp_path, params, monkeypatch):
+    """The answer has ended by our own rule: its stream is left, however long it would go on."""
+    from m1jax.rl import engine_sglang
+    from m1jax.rl.servers.server import Server
+
+    async def lost(self, rid): ...
+
+    monkeypatch.setattr(Server, "abort", lost)
+    monkeypatch.setattr(engine_sglang, "LEAVE_S", 0.2)
+    with (
+        double(script=scripted([True] * 2000), context_length=10_000, seconds_per_token=0.005) as a,
+        engine(tmp_path, a, stream_interval=8, stall_s=30.0) as made,
+    ):
+        made.set_weights(params[0], 0)
+        [[response]] = made.generate(prompts(1), 1, Sampling(1900, repetition_run=20), 0)
+        assert (len(response.token_ids), response.ending) == (20, "repetition")
+        assert made.take_metrics()["engine/bytes"] < 60 * 200  # of some 1900 tokens at 50 bytes
+
+
+def test_a_server_of_another_model_is_refused(tmp_path, params, monkeypatch):
+    with double() as a, engine(tmp_path, a) as made:
+        made.pool.needs = dataclasses.replace(made.pool.needs, model_type="qwen2")
+        info = made.pool.servers[0].info
+
+        async def of_a_llama():
+            return await info() | {"model_type": "llama"}
+
+        monkeypatch.setattr(made.pool.servers[0], "info", of_a_llama)
+        with pytest.raises(UserError, match="serves /models/toy, a llama, and the run trains a qwen2"):
+            made.set_weights(params[0], 0)
