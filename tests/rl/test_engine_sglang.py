@@ -799,3 +799,12 @@ def test_a_server_of_another_model_is_refused(tmp_path, params, monkeypatch):
         monkeypatch.setattr(made.pool.servers[0], "info", of_a_llama)
         with pytest.raises(UserError, match="serves /models/toy, a llama, and the run trains a qwen2"):
             made.set_weights(params[0], 0)
+
+
+def test_a_server_that_somebody_left_paused_is_woken(tmp_path, params):
+    """Its streams stall, it is looked at, and in a pause it would never be healthy."""
+    with double(seconds_per_token=0.005) as a, engine(tmp_path, a, stall_s=0.5, patience_s=15.0) as made:
+        made.set_weights(params[0], 0)
+        made._run(made.pool.servers[0].call("/pause_generation", {"mode": "retract"})).result(10)
+        check(made.generate(prompts(2), 2, Sampling(20), 0), prompts(2), 2, served(made), max_tokens=20)
+        assert made.take_metrics()["engine/servers_back"] >= 1

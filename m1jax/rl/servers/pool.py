@@ -313,6 +313,8 @@ class Pool:
                     continue
                 try:
                     if kind in ("timeout", "error") or (kind != "new" and wait_s > 0.5):
+                        async with server.updates:
+                            await wake(server)  # in a pause nothing is healthy
                         await server.call("/health", timeout_s=HEALTH_S)
                     if await self._has_current(server):
                         break
