@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class ServerRefused(UserError):
+    """A rollout server is set up in a way that no run can use. A run that meets one under way saves before it ends."""
+
+
 class NonFinite(ArithmeticError):
     """A number that has to be finite was not. Entry points print the line and exit with code 1.
 

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from m1jax.errors import EngineLost, UserError
+from m1jax.errors import EngineLost, ServerRefused, UserError
 from m1jax.model.config import ModelConfig
 from m1jax.rl.servers.keys import Keys, keys_from_environment
 from m1jax.rl.servers.pool import Pool
@@ -172,7 +172,7 @@ class SGLangEngine:
 
         Raises:
             EngineLost: no server does, nor came to do so within `patience_s`.
-            UserError: a server is set up in a way that would bias the importance ratio, or refuses our key.
+            ServerRefused: a server is set up in a way that would bias the importance ratio, or refuses our key.
         """
         start = time.perf_counter()
         label = new_label(version)
@@ -180,7 +180,7 @@ class SGLangEngine:
         published = publish(self.weights, params, self.model, version, label, self.config.weights_dtype, self.files)
         self._versions[label] = version
         self._wait([self._run(self._take_up(published))])
-        prune(self.weights)
+        prune(self.weights, reading=self.pool.reading)
         self._sync = {
             "sync/bytes": published.bytes,
             "sync/write_seconds": published.seconds,
@@ -278,7 +278,7 @@ class SGLangEngine:
             detail = fault.detail if fault else f"{server.url}: aborted before the first token"
             if failures >= self.config.attempts:
                 told = f"prompt {prompt.index}: {failures} failures in a row, the last: {detail}"
-                raise UserError(told) if fault and fault.kind == "refused" else EngineLost(told)
+                raise ServerRefused(told) if fault and fault.kind == "refused" else EngineLost(told)
             waits += 1
             await asyncio.sleep(random.uniform(0, min(0.05 * 2**waits, 5.0)))
         if self._records(prompt):
@@ -422,7 +422,7 @@ class SGLangEngine:
         if piece.finish == "abort" and not piece.token_ids and self.pool.current_version == floor:
             self.counts["aborted"] += 1  # and not by an update of ours
         if piece.finish == "stop" and response.ending is None:  # at an id that `take` did not stop at
-            raise UserError(
+            raise ServerRefused(
                 f"a server ended an answer at id {piece.matched}, which is no stop token of this run; add it to "
                 f"config.tokenizer.stop_tokens, or take it out of eos_token_id in the model folder that is served"
             )
@@ -438,7 +438,7 @@ class SGLangEngine:
         if piece.routed is None:
             if not piece.token_ids and piece.finish == "abort":
                 return
-            raise UserError("a server answered without routed_experts; start it with --enable-return-routed-experts")
+            raise ServerRefused("a server answered without routed_experts; start it with --enable-return-routed-experts")
         model, before = self.model, len(prompt.token_ids)
         generated = piece.spans[-1][2] if piece.spans else len(piece.token_ids)
         read = before + first + max(generated - 1, 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from m1jax.errors import EngineLost, require_finite
+from m1jax.errors import EngineLost, ServerRefused, require_finite
 from m1jax.rl import evaluate as evaluation
 from m1jax.rl.advantage import group_advantages
 from m1jax.rl.batch import make_batch
@@ -54,9 +54,7 @@ def train(
         while run.step < config.steps and not stop.requested:
             generation = collect(run)  # prompts, rollouts, rewards; more prompts with dynamic sampling
             run.prompts.done(generation.again)
-            run.prompts.ask_ahead(
-                run.step, config.steps
-            )  # with a staleness above 0 the next ones are answered meanwhile
+            run.prompts.ask_ahead(run.step, config.steps)  # with a staleness above 0, to be answered meanwhile
             with run.clock.stage("batch"):
                 loss, used = config.loss, generation.used
                 advantages_PR, live_PR = group_advantages(generation.rewards_PR, loss.advantage_scale, loss.std, used)
@@ -96,18 +94,21 @@ def finish_step(run: Run, metrics: dict[str, float]) -> None:
 
 @contextmanager
 def saved_without_engine(run: Run) -> Iterator[None]:
-    """Where the servers are gone, save up to the last update, so that the run can be started again when they are back.
+    """Where the servers are gone, or turn out to be of no use, save up to the last update, to go on from there later.
 
     Raises:
-        Interrupted: with exit code 75 and the cause.
+        Interrupted: they are gone; with exit code 75 and the cause.
+        ServerRefused: one has to be set up in another way.
     """
     try:
         yield
-    except EngineLost as lost:
+    except (EngineLost, ServerRefused) as error:
         run.note_engine()  # what the servers went through belongs to this step, not to the process that goes on with it
         if run.step:
             run.save()
-        raise Interrupted(75, str(lost)) from lost
+        if isinstance(error, ServerRefused):
+            raise
+        raise Interrupted(75, str(error)) from error
 
 
 def evaluate(run: Run) -> None:

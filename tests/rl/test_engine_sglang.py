@@ -6,12 +6,14 @@ the weights that they claim to be of.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ from m1jax.model import transformer
 from m1jax.model.config import ModelConfig
 from m1jax.rl.engine_sglang import Response, SGLangEngine
 from m1jax.rl.servers.keys import Keys
+from m1jax.rl.servers.protocol import Fault
 from m1jax.rl.servers.settings import ServersConfig
 from m1jax.rl.servers.weights import KEPT
 from m1jax.types import Problem, Prompt, Sampling
@@ -355,6 +358,34 @@ def test_weights_on_disk_are_whole_named_and_few(tmp_path, params):
         stored = folder.read("model.embed_tokens.weight")
         np.testing.assert_array_equal(stored, params[1]["embedding"].astype(stored.dtype))
         assert not list(tmp_path.glob(".*"))
+
+
+def test_weights_that_a_slow_server_reads_stay_until_it_has_them(tmp_path, params, monkeypatch):
+    with double() as a, double() as b, engine(tmp_path, a, b) as made:
+        made.set_weights(params[0], 0)
+        load, reading, enough = b._load, threading.Event(), threading.Event()
+        there: list[bool] = []
+
+        async def slow(body, waited):
+            reading.set()
+            while not enough.is_set():
+                await asyncio.sleep(0.01)
+            there.append(Path(body["model_path"]).is_dir())
+            return await load(body, waited)
+
+        made._loop.call_soon_threadsafe(made.pool.put_out, made.pool.servers[1], Fault("cut", "for a test"))
+        monkeypatch.setattr(b, "_load", slow)
+        made.pool.servers[1].label = ""  # as after a restart: it has to be given the current ones
+        assert reading.wait(20)
+        for version in range(1, 6):
+            made.set_weights(params[version % 3], version)
+        enough.set()
+        deadline = time.monotonic() + 20
+        while len(made.pool.serving) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert there[0] and len(made.pool.serving) == 2 and made.pool.reading == []
+        made.set_weights(params[0], 6)
+        assert sorted(f.name[:8] for f in tmp_path.iterdir()) == ["00000004", "00000005", "00000006"]
 
 
 SPIKE = 3

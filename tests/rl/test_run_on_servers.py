@@ -9,8 +9,9 @@ import time
 import numpy as np
 import pytest
 
-from m1jax.errors import EngineLost, UserError
+from m1jax.errors import EngineLost, ServerRefused, UserError
 from m1jax.rl.loop import train
+from m1jax.train.checkpoint import steps
 from m1jax.train.interrupt import Interrupted
 from tests import runs
 from tests.sglang_double import Double
@@ -95,6 +96,26 @@ def test_when_the_servers_are_gone_it_saves_exits_75_and_goes_on_later(tmp_path,
         assert "time/tokens_per_second" not in result.metrics[step]
     assert result.metrics[0]["heldout/sums/mean"] >= 0 and "heldout/sums/mean" in result.metrics[3]
     assert set(result.summary["heldout"]["sums"]) == {"majority", "before", "after"}
+
+
+def test_a_server_that_turns_out_to_be_of_no_use_costs_no_update(tmp_path, monkeypatch):
+    """It ends answers at ids that the run does not know: a mistake of set-up, which a person has to mend."""
+    with double() as a:
+        made, load, known = config(tmp_path, a, checkpoint=dict(every=100)), a._load, a._scheduler.eos_ids
+
+        async def changed(body, waited):
+            if body["weight_version"].startswith("00000002"):
+                a._scheduler.eos_ids = set(range(20))
+            return await load(body, waited)
+
+        monkeypatch.setattr(a, "_load", changed)
+        with pytest.raises(ServerRefused, match="ended an answer at id .* add it to config.tokenizer.stop_tokens"):
+            train(made, tmp_path / "run", log=lambda _: None)
+        assert steps(tmp_path / "run" / "checkpoints") == [0, 2]
+        monkeypatch.undo()
+        a._scheduler.eos_ids = known
+        result = train(made, tmp_path / "run", log=lambda _: None)
+    assert [row["step"] for row in result.metrics] == [0, 1, 2, 3]
 
 
 def test_servers_that_come_back_in_time_cost_nothing_but_time(tmp_path):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import aiohttp
 
-from m1jax.errors import EngineLost, UserError
+from m1jax.errors import EngineLost, ServerRefused
 from m1jax.rl.servers.keys import Keys
 from m1jax.rl.servers.probes import probe_flags, probe_logprobs
 from m1jax.rl.servers.protocol import BUSY, CHECK, Fault
@@ -63,6 +63,7 @@ class Pool:
         self._closed_at = self._updates_s = 0.0
         self._lookers: dict[Server, asyncio.Task[None]] = {}
         self._probed: set[str] = set()
+        self._reading: dict[Server, Path] = {}
         self.broken: Exception | None = None
 
     @property
@@ -74,6 +75,11 @@ class Pool:
     def updating(self) -> bool:
         """Whether weights are changing, and nothing is asked."""
         return self._closed
+
+    @property
+    def reading(self) -> list[Path]:
+        """Folders of weights that servers are reading; a slow one may be some versions behind."""
+        return list(self._reading.values())
 
     @property
     def current_version(self) -> int:
@@ -90,7 +96,7 @@ class Pool:
 
         Raises:
             EngineLost: there was none for `patience_s`.
-            UserError: a server turned out to be set up wrongly.
+            ServerRefused: a server turned out to be set up wrongly.
         """
         place: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
         self._waiting.append((group, place))
@@ -256,7 +262,7 @@ class Pool:
             server.digest = server.digest if fault.kind == "version" else None  # it may have taken all the same
             self._failed(server, fault)
             return None
-        except UserError as error:
+        except ServerRefused as error:
             if not self._started:
                 raise
             self._failed(server, Fault("refused", str(error)))  # it was started anew, and wrongly
@@ -297,7 +303,11 @@ class Pool:
             here = Path(self.config.weights_folder) if self.config.weights_folder else published.folder.parent
             there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.relative_to(here)}"
         inspect = partial(probe_flags, server.url, needs=self.needs)
-        return await update(server, published, there, mode, self.config.update_s, inspect)
+        self._reading[server] = published.folder
+        try:
+            return await update(server, published, there, mode, self.config.update_s, inspect)
+        finally:
+            del self._reading[server]
 
     async def _bring_back(self, server: Server, kind: str) -> None:
         """Look at a server until it may be asked again.
@@ -328,8 +338,8 @@ class Pool:
                 self._probed.add(server.url)
                 self.log(f"{server.url}: serves {self.current.label}")
             self._deal()
-        except Exception as error:  # a UserError, or a bug of ours: whoever waits for the server gets it
-            if isinstance(error, UserError) and self._started and self.serving:
+        except Exception as error:  # a ServerRefused, or a bug of ours: whoever waits for the server gets it
+            if isinstance(error, ServerRefused) and self._started and self.serving:
                 server.out = str(error)  # one that was started anew, and wrongly: the others go on
                 self.log(f"warning: goes on without {error}")
                 return
@@ -359,6 +369,6 @@ class Pool:
                 await probe_logprobs(server, self.needs, self.log)
             except Fault as fault:
                 if fault.kind == "refused":
-                    raise UserError(f"{server.url}: {fault.detail}") from fault
+                    raise ServerRefused(f"{server.url}: {fault.detail}") from fault
                 raise
         return wanted is self.current

@@ -2,7 +2,7 @@
 
 The trainer takes a server's log-probabilities for those of the full softmax at the sampling temperature, as the local
 engine's are. Flags say some of what can make that false; the rest is tried out on a few tokens. A mistake of set-up is
-a UserError, for no retry mends it.
+a ServerRefused, for no retry mends it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from m1jax.errors import UserError
+from m1jax.errors import ServerRefused
 from m1jax.rl.servers.protocol import Fault, new_id, read_piece, request
 from m1jax.rl.servers.server import Server
 from m1jax.types import Sampling
@@ -52,42 +52,42 @@ def probe_flags(url: str, info: Mapping[str, Any], needs: Needs) -> None:
     """Refuse a server for what /server_info and /model_info say of it.
 
     Raises:
-        UserError: the reason, and the flag that mends it.
+        ServerRefused: the reason, and the flag that mends it.
     """
     if "weight_version" not in info:
-        raise UserError(
+        raise ServerRefused(
             f"{url}: does not name the version of its weights, so that nobody can know which weights an answer is of; "
             f"it needs an SGLang with /update_weights_from_disk (0.5 or newer)"
         )
     served, wanted = (MODEL_TYPES.get(str(name)) for name in (info.get("model_type"), needs.model_type))
     if served not in (None, wanted):
-        raise UserError(
+        raise ServerRefused(
             f"{url}: serves {info.get('served_model_name')}, a {info.get('model_type')}, and the run trains a "
             f"{needs.model_type}; start it with an export of config.model"
         )
     if preferred := info.get("preferred_sampling_params"):
-        raise UserError(
+        raise ServerRefused(
             f"{url}: --preferred-sampling-params {preferred} would act on top of config.sampling; start it without"
         )
     context = info.get("context_length")
     if isinstance(context, int) and 0 < context < needs.positions:
-        raise UserError(
+        raise ServerRefused(
             f"{url}: --context-length {context} is less than the {needs.positions} tokens of prompt and response; "
             f"raise it, or lower config.sampling.max_tokens"
         )
     if needs.experts and not info.get("enable_return_routed_experts"):
-        raise UserError(
+        raise ServerRefused(
             f"{url}: config.rollout.router_replay wants the experts that serve; start it with "
             f"--enable-return-routed-experts, or choose 'off'"
         )
     flags = ("enable_custom_logit_processor", "disable_overlap_schedule")
     if needs.repetition_stop == "processor" and not all(info.get(flag) for flag in flags):
-        raise UserError(
+        raise ServerRefused(
             f"{url}: config.servers.repetition_stop 'processor' needs --enable-custom-logit-processor and "
             f"--disable-overlap-schedule; start it with both, or choose 'stream'"
         )
     if needs.repetition_stop == "stream" and info.get("incremental_streaming_output") is False:
-        raise UserError(
+        raise ServerRefused(
             f"{url}: streams all earlier tokens again with every event, quadratic bytes in the length; start it with "
             f"--incremental-streaming-output, or set config.servers.repetition_stop to 'segments'"
         )
@@ -97,7 +97,7 @@ async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None
     """Refuse a server for what its answers show: log-probabilities of another distribution, spans that are missing.
 
     Raises:
-        UserError: the reason, and what mends it.
+        ServerRefused: the reason, and what mends it.
         Fault: it did not answer.
     """
     prompt = [i % needs.vocab_size for i in range(2, 2 + PROBE_TOKENS) if i not in needs.stop_ids]
@@ -106,7 +106,7 @@ async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None
         answer = await _soon(server, body)
         piece = read_piece(answer, body["rid"], 0, PROBE_TOKENS, needs.vocab_size)
         if not piece.spans and needs.update_mode != "abort":
-            raise UserError(
+            raise ServerRefused(
                 f"{server.url}: does not tell which weights each token is of (weight_versions); set "
                 f"config.servers.update_mode to 'abort', with which no request sees two versions"
             )
@@ -118,7 +118,7 @@ async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None
                 f"and prefill; low precision, or state that is lost"
             )
         if temperature != 1.0 and gap < 1e-4 and np.abs(at_one).max() > 0.1:
-            raise UserError(
+            raise ServerRefused(
                 f"{server.url}: sampling at temperature {temperature:g} it returns log-probabilities at temperature 1, "
                 f"which biases every ratio; start it without SGLANG_RETURN_ORIGINAL_LOGPROB, or set "
                 f"config.sampling.temperature to 1"

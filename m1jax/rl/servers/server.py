@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 
-from m1jax.errors import UserError
+from m1jax.errors import ServerRefused
 from m1jax.rl.servers.keys import ADMIN_KEY, API_KEY, Keys
 from m1jax.rl.servers.protocol import Events, Fault, read_json, read_status
 
@@ -128,7 +128,7 @@ class Server:
         except Fault as fault:
             if fault.kind != "refused":
                 raise
-            raise UserError(f"{self.url}{path}: {fault.detail}; is this the address of an SGLang server?") from fault
+            raise ServerRefused(f"{self.url}{path}: {fault.detail}; is this the address of an SGLang server?") from fault
 
     async def checksums(self) -> tuple[str, str] | None:
         """(how it is spread over ranks, hash of every parameter on each) by /weights_checker; None without one."""
@@ -153,7 +153,7 @@ class Server:
     def _read_status(self, status: int, raw: bytes, path: str = "/generate", control: bool = False) -> None:
         if status in (401, 403):
             key = f"{ADMIN_KEY} (or {API_KEY}, where it has but one key)" if control else API_KEY
-            raise UserError(f"{self.url}{path}: the server refuses our key; set {key} to the server's")
+            raise ServerRefused(f"{self.url}{path}: the server refuses our key; set {key} to the server's")
         read_status(status, raw)
 
 

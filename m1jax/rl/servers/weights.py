@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,13 +97,14 @@ def publish(
     return Published(version, label, root / label, reader.digest, size, time.perf_counter() - start)
 
 
-def prune(root: Path, keep: int = KEPT) -> None:
-    """Delete all but the newest `keep` versions, and what a killed run left half written; nothing else."""
+def prune(root: Path, keep: int = KEPT, reading: Collection[Path] = ()) -> None:
+    """Delete all but the newest `keep` versions and those being read, and what a killed run left half written."""
     for folder in root.glob(f".{_LABEL}.writing"):
         shutil.rmtree(folder, ignore_errors=True)
     folders = list(root.glob(_LABEL))
     for folder in sorted(folders, key=lambda f: (f.stat().st_mtime_ns, f.name))[:-keep]:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder not in reading:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 async def update(
