@@ -438,7 +438,7 @@ class SGLangEngine:
         if piece.routed is None:
             if not piece.token_ids and piece.finish == "abort":
                 return
-            raise ServerRefused("a server answered without routed_experts; start it with --enable-return-routed-experts")
+            raise ServerRefused("a server sent no routed_experts; start it with --enable-return-routed-experts")
         model, before = self.model, len(prompt.token_ids)
         generated = piece.spans[-1][2] if piece.spans else len(piece.token_ids)
         read = before + first + max(generated - 1, 0)

@@ -128,7 +128,8 @@ class Server:
         except Fault as fault:
             if fault.kind != "refused":
                 raise
-            raise ServerRefused(f"{self.url}{path}: {fault.detail}; is this the address of an SGLang server?") from fault
+            told = f"{self.url}{path}: {fault.detail}; is this the address of an SGLang server?"
+            raise ServerRefused(told) from fault
 
     async def checksums(self) -> tuple[str, str] | None:
         """(how it is spread over ranks, hash of every parameter on each) by /weights_checker; None without one."""
