@@ -6,7 +6,9 @@ import flax.linen as nn
 import jax
 
 from m1jax.model.cache import write_slots
+from m1jax.model.collectives import sum_of_parts, whole
 from m1jax.model.config import ModelConfig
+from m1jax.model.context import Where
 from m1jax.model.layers import bias, rotate, weight
 from m1jax.pallas_kernels.softmax_attention import softmax_attention
 
@@ -18,44 +20,39 @@ class SoftmaxAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        u_MD: jax.Array,
-        cache: dict[str, jax.Array] | None,
-        positions_BT: jax.Array,
-        segment_ids_BT: jax.Array,
-        slots: tuple[jax.Array, jax.Array, jax.Array] | None,
+        self, u_MD: jax.Array, cache: dict[str, jax.Array] | None, where: Where
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        """`slots` with a cache: (slot the tokens go to, slot positions [B, S], slot segments [B, S])."""
-        c = self.config
+        c, segment_ids_BT, positions_BT = self.config, where.segment_ids_BT, where.positions_BT
         (B, T), D, N, K, H = segment_ids_BT.shape, c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
         w_q = weight(self, "query", (D, N, H), ("embed", "heads", "head_dim"), c)
         w_k = weight(self, "key", (D, K, H), ("embed", "kv_heads", "head_dim"), c)
         w_v = weight(self, "value", (D, K, H), ("embed", "kv_heads", "head_dim"), c)
         w_out = weight(self, "out", (N, H, D), ("heads", "head_dim", "embed"), c)
 
+        N, K = N // c.mesh.tensor, K // c.mesh.tensor
         q_BTNH = (u_MD @ w_q.reshape(D, -1)).reshape(B, T, N, H)
         k_BTKH = (u_MD @ w_k.reshape(D, -1)).reshape(B, T, K, H)
         v_BTKH = (u_MD @ w_v.reshape(D, -1)).reshape(B, T, K, H)
         if c.qkv_bias:
-            q_BTNH += bias(self, "query_bias", (N, H), ("heads", "head_dim"), c)
-            k_BTKH += bias(self, "key_bias", (K, H), ("kv_heads", "head_dim"), c)
-            v_BTKH += bias(self, "value_bias", (K, H), ("kv_heads", "head_dim"), c)
+            q_BTNH += bias(self, "query_bias", (c.num_heads, H), ("heads", "head_dim"), c)
+            k_BTKH += bias(self, "key_bias", (c.num_kv_heads, H), ("kv_heads", "head_dim"), c)
+            v_BTKH += bias(self, "value_bias", (c.num_kv_heads, H), ("kv_heads", "head_dim"), c)
         q_BTNH = rotate(q_BTNH, positions_BT, c.rotary_dim, c.rope_theta)
         k_BTKH = rotate(k_BTKH, positions_BT, c.rotary_dim, c.rope_theta)
-        if cache is None or slots is None:
-            k_BSKH, v_BSKH, k_positions_BS, k_segments_BS = k_BTKH, v_BTKH, positions_BT, segment_ids_BT
+        if cache is None or where.first_slot is None:
+            k_BSKH, v_BSKH = (whole(x_BTKH, "context", c.mesh, 1) for x_BTKH in (k_BTKH, v_BTKH))
         else:
-            first_slot, k_positions_BS, k_segments_BS = slots
-            k_BKSH = write_slots(cache["keys"], k_BTKH.swapaxes(1, 2), first_slot, axis=2)
-            v_BKSH = write_slots(cache["values"], v_BTKH.swapaxes(1, 2), first_slot, axis=2)
+            k_BKSH = write_slots(cache["keys"], k_BTKH.swapaxes(1, 2), where.first_slot, axis=2)
+            v_BKSH = write_slots(cache["values"], v_BTKH.swapaxes(1, 2), where.first_slot, axis=2)
             cache = {"keys": k_BKSH, "values": v_BKSH}
             k_BSKH, v_BSKH = k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
+        in_order = cache is None and c.mesh.context == 1
         o_BTNH = softmax_attention(
             q_BTNH, k_BSKH, v_BSKH,
-            q_positions_BT=positions_BT, k_positions_BS=k_positions_BS,
-            q_segment_ids_BT=segment_ids_BT, k_segment_ids_BS=k_segments_BS, block=c.attention_block,
-            in_order=cache is None,
-            # A cache is for the blocked form alone.
-            implementation=None if c.kernels.softmax == "auto" or cache is not None else c.kernels.softmax,
+            q_positions_BT=positions_BT, k_positions_BS=where.key_positions_BS,
+            q_segment_ids_BT=segment_ids_BT, k_segment_ids_BS=where.key_segment_ids_BS, block=c.attention_block,
+            in_order=in_order,
+            # A cache, and queries that are a part of the row, are for the blocked form alone.
+            implementation=c.kernels.softmax if in_order and c.kernels.softmax != "auto" else None,
         )  # fmt: skip
-        return o_BTNH.reshape(B * T, N * H) @ w_out.reshape(-1, D), cache
+        return sum_of_parts(o_BTNH.reshape(B * T, N * H) @ w_out.reshape(-1, D), c.mesh), cache

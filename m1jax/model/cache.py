@@ -41,9 +41,10 @@ class Cache:
 
 
 def empty(config: ModelConfig, rows: int, slots: int) -> Cache:
-    """A cache of zeros for `rows` sequences of at most `slots` tokens, padding included."""
+    """A cache of zeros for `rows` sequences of at most `slots` tokens, padding included; of this device's heads."""
     state_dtype = jnp.promote_types(config.dtype, jnp.float32)
-    state, keys = (rows, config.num_heads, config.head_dim), (rows, config.num_kv_heads, slots, config.head_dim)
+    N, K = config.num_heads // config.mesh.tensor, config.num_kv_heads // config.mesh.tensor
+    state, keys = (rows, N, config.head_dim), (rows, K, slots, config.head_dim)
     new = {
         "lightning": lambda: {"state": jnp.zeros((*state, config.head_dim), state_dtype)},
         "softmax": lambda: {name: jnp.zeros(keys, config.dtype) for name in ("keys", "values")},

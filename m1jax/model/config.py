@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from m1jax.config import DERIVED
+from m1jax.mesh import ONE, MeshConfig
 
 LAYER_KINDS = ("lightning", "softmax")
-REMAT = ("none", "layer")
+REMAT = ("none", "products", "layer")
 LIGHTNING_KERNELS = ("auto", "reference", "xla", "mosaic_tpu", "mosaic_gpu")
 SOFTMAX_KERNELS = ("auto", "blocked", "splash")
 MOE_KERNELS = ("auto", "reference", "xla", "mosaic_tpu", "mosaic_gpu", "ragged_dot", "tokamax")
@@ -73,13 +74,16 @@ class ModelConfig:
         dtype: dtype of activations and of the matrix products. Norms, router, decay, states, softmax and the LM
             head are at least float32 whatever this says.
         param_dtype: dtype of the stored parameters; router gates are at least float32.
-        remat: "none", or "layer" to keep only each layer's input for the backward pass.
+        remat: what the backward pass computes again. "none"; "products": all but the outputs of matrix products outside
+            the experts; "layer": everything but each layer's input. Weights that lie along `fsdp` are gathered again
+            in any case.
         scan_layers: training scans over the layers of a kind: compile time does not grow with depth. False runs them
             one after another, which is faster on a CPU. With a cache they always do.
         lightning_chunk: chunk length of the lightning recurrence in training and prefill, for "xla".
         attention_block: block length of softmax attention.
         head_rows: tokens whose logits exist at the same time in training; 0 chooses as many as make 64 MiB.
         kernels: who computes attention and the experts; set by the section of that name of a run.
+        mesh: the devices that compute together, where the model runs inside `jax.shard_map`; set by who maps it.
     """
 
     vocab_size: int
@@ -115,6 +119,7 @@ class ModelConfig:
     attention_block: int = 128
     head_rows: int = 0
     kernels: KernelConfig = field(default=KernelConfig(), metadata=DERIVED)
+    mesh: MeshConfig = field(default=ONE, metadata=DERIVED)
 
     def __post_init__(self):
         positive = ("vocab_size", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim",
@@ -146,6 +151,24 @@ class ModelConfig:
                 raise ValueError(f"{name}: {getattr(self, name)!r} must be float32, bfloat16 or float64")
         if self.remat not in REMAT:
             raise ValueError(f"remat: {self.remat!r} must be one of {REMAT}")
+        self._check_mesh()
+
+    def _check_mesh(self) -> None:
+        """Raise ValueError where what lies along an axis cannot be dealt out evenly."""
+        if self.mesh.expert != 1 and not self.num_experts:
+            raise ValueError(f"mesh.expert: {self.mesh.expert}, but a dense model has no experts; use data or fsdp")
+        dealt_out = {
+            "tensor": ("num_heads", "num_kv_heads", "expert_dim", "vocab_size"),
+            "fsdp": ("hidden_size",),
+            "expert": ("num_experts",),
+        }
+        for axis, names in dealt_out.items():
+            devices = getattr(self.mesh, axis)
+            for name in names:
+                if devices and getattr(self, name) % devices:
+                    raise ValueError(
+                        f"mesh.{axis}: {devices} devices do not divide model.{name}, {getattr(self, name)}"
+                    )
 
     @property
     def num_periods(self) -> int:

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from m1jax.mesh import MeshConfig
+from m1jax.model.collectives import gathered
 from m1jax.model.config import ModelConfig
 
 
@@ -23,28 +25,31 @@ def parameter(
     module: nn.Module,
     name: str,
     shape: tuple[int, ...],
-    axes: tuple[str | None, ...],
+    dims: tuple[str | None, ...],
     dtype: jnp.dtype | str,
     init: nn.initializers.Initializer,
+    mesh: MeshConfig,
 ) -> jax.Array:
-    """A parameter of `module`; `axes` are its logical axis names."""
-    boxed = nn.with_logical_partitioning(init, axes)
-    return module.param(name, boxed, shape, jnp.dtype(dtype))  # pyright: ignore[reportReturnType]  # Flax unboxes it
+    """This device's part of a parameter of `module`; `dims` are the names of its dimensions in `m1jax.mesh.RULES`."""
+    boxed = nn.with_logical_partitioning(init, dims)
+    return module.param(name, boxed, mesh.local(shape, dims), jnp.dtype(dtype))  # pyright: ignore[reportReturnType]  # Flax unboxes it
 
 
 def weight(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig
+    module: nn.Module, name: str, shape: tuple[int, ...], dims: tuple[str | None, ...], config: ModelConfig
 ) -> jax.Array:
-    """A weight matrix of `module`, N(0, init_std), in the compute dtype."""
+    """What this device computes with of a weight matrix of `module`, N(0, init_std), in the compute dtype."""
     init = nn.initializers.normal(config.init_std)
-    return parameter(module, name, shape, axes, config.param_dtype, init).astype(config.dtype)
+    part = parameter(module, name, shape, dims, config.param_dtype, init, config.mesh)
+    return gathered(part, dims, config.mesh, config.dtype)
 
 
 def bias(
-    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], config: ModelConfig
+    module: nn.Module, name: str, shape: tuple[int, ...], dims: tuple[str | None, ...], config: ModelConfig
 ) -> jax.Array:
-    """A bias of `module`, zero at initialisation, in the compute dtype."""
-    return parameter(module, name, shape, axes, config.param_dtype, nn.initializers.zeros).astype(config.dtype)
+    """This device's part of a bias of `module`, zero at initialisation, in the compute dtype."""
+    zeros = nn.initializers.zeros
+    return parameter(module, name, shape, dims, config.param_dtype, zeros, config.mesh).astype(config.dtype)
 
 
 TRACE = "trace"
@@ -61,12 +66,11 @@ class RMSNorm(nn.Module):
 
     config: ModelConfig
     eps: float
-    axis: str = "embed"
 
     @nn.compact
     def __call__(self, v_MD: jax.Array) -> jax.Array:
         shape, dtype = (v_MD.shape[-1],), self.config.param_dtype
-        scale_D = parameter(self, "scale", shape, (self.axis,), dtype, nn.initializers.ones)
+        scale_D = parameter(self, "scale", shape, ("norm",), dtype, nn.initializers.ones, self.config.mesh)
         v32_MD = at_least_float32(v_MD)
         normed_MD = v32_MD * jax.lax.rsqrt(jnp.mean(v32_MD**2, axis=-1, keepdims=True) + self.eps)
         return normed_MD.astype(self.config.dtype) * scale_D.astype(self.config.dtype)

@@ -6,10 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from m1jax.model.collectives import own_part, sum_of_parts
 from m1jax.model.config import ModelConfig
+from m1jax.model.context import Where, add_entering_state
 from m1jax.model.kernels import lightning_kernel
 from m1jax.model.layers import at_least_float32, parameter, weight
-from m1jax.pallas_kernels.gated_norm import gated_norm
+from m1jax.pallas_kernels.gated_norm import gated_norm, gated_norm_of_parts
 from m1jax.pallas_kernels.lightning_attention.api import fused_decode, lightning_attention
 
 
@@ -25,14 +27,15 @@ class LightningAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, u_MD: jax.Array, slopes_N: jax.Array, cache: dict[str, jax.Array] | None, segment_ids_BT: jax.Array
+        self, u_MD: jax.Array, slopes_N: jax.Array, cache: dict[str, jax.Array] | None, where: Where
     ) -> tuple[jax.Array, dict[str, jax.Array] | None]:
-        c = self.config
+        c, segment_ids_BT = self.config, where.segment_ids_BT
         (B, T), D, N, H = segment_ids_BT.shape, c.hidden_size, c.num_heads, c.head_dim
         # Per head [q | k | v], not [all q | all k | all v]: the layout of the released checkpoints.
         w_qkv = weight(self, "qkv", (D, N, 3, H), ("embed", "heads", None, "head_dim"), c)
         w_gate = weight(self, "gate", (D, N, H), ("embed", "heads", "head_dim"), c)
         w_out = weight(self, "out", (N, H, D), ("heads", "head_dim", "embed"), c)
+        slopes_N, N = own_part(slopes_N, "tensor", c.mesh, 0), N // c.mesh.tensor
 
         kernel = lightning_kernel(c)
         dtype = c.dtype if kernel.startswith("mosaic") else jnp.promote_types(c.dtype, jnp.float32)
@@ -50,10 +53,12 @@ class LightningAttention(nn.Module):
                 segment_ids_BT=segment_ids_BT, initial_state_BNHH=None if cache is None else cache["state"],
                 chunk=c.lightning_chunk, implementation=kernel,
             )  # fmt: skip
+            if cache is None:
+                o_BTNH = add_entering_state(o_BTNH, qkv_BTN3H[:, :, :, 0], state, slopes_N, where, c.mesh)
             cache = None if cache is None else {"state": state}
         gate_MX, o_MX = u_MD @ w_gate.reshape(D, -1), o_BTNH.reshape(B * T, N * H)
         gated_MX = GatedNorm(c, name="norm")(o_MX, gate_MX, square_M)
-        return gated_MX @ w_out.reshape(-1, D), cache
+        return sum_of_parts(gated_MX @ w_out.reshape(-1, D), c.mesh), cache
 
 
 class GatedNorm(nn.Module):
@@ -64,7 +69,10 @@ class GatedNorm(nn.Module):
     @nn.compact
     def __call__(self, o_MX: jax.Array, gate_MX: jax.Array, square_M: jax.Array | None) -> jax.Array:
         c, kernel = self.config, lightning_kernel(self.config)
-        scale_X = parameter(self, "scale", o_MX.shape[1:], ("heads_and_dims",), c.param_dtype, nn.initializers.ones)
+        shape, ones = (c.num_heads * c.head_dim,), nn.initializers.ones
+        scale_X = parameter(self, "scale", shape, ("heads_and_dims",), c.param_dtype, ones, c.mesh)
+        if c.mesh.tensor > 1:
+            return gated_norm_of_parts(o_MX, gate_MX, scale_X, c.lightning_norm_eps, "tensor", shape[0])
         kernel = kernel if kernel.startswith("mosaic") else "xla"
         eps = c.lightning_norm_eps
         return gated_norm(o_MX, gate_MX, scale_X, eps=eps, square_M=square_M, implementation=kernel)

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from m1jax.mesh import MeshConfig
+from m1jax.model.collectives import gathered, own_part, sum_of_parts, whole
 from m1jax.model.config import ModelConfig
 from m1jax.model.layers import at_least_float32
 from m1jax.model.transformer import hidden_states
@@ -34,7 +36,7 @@ def token_logprobs(
 
     Args:
         params, config: the policy.
-        tokens_BT: int32 token ids.
+        tokens_BT: int32 token ids; whole rows, also where their tokens are dealt out to several devices.
         segment_ids_BT: int32, 0 on padding. The first token of a segment has no prefix: its entry is meaningless and
             must be masked by the caller.
         temperature: the sampler's; the trainer must divide by the same one or the ratio is wrong by a power.
@@ -46,52 +48,57 @@ def token_logprobs(
     """
     B, T = tokens_BT.shape
     hidden_MD, _, router = hidden_states(params, config, tokens_BT, segment_ids_BT, None, expert_ids_BTLA)
-    # The last position predicts nothing inside the row; the roll brings its output to entry 0, which is masked.
-    previous_MD = jnp.roll(hidden_MD.reshape(B, T, -1), 1, axis=1).reshape(B * T, -1)
+    # The last position predicts nothing inside the row: its output comes to entry 0, which is masked.
+    next_BT = own_part(jnp.roll(jnp.asarray(tokens_BT), -1, axis=1), "context", config.mesh, 1)
     # A tied head stays the embedding [V, D]: transposed it would be a copy of the largest weight.
     tied = "head" not in params
-    weight = params["embedding"] if tied else params["head"]
+    weight, dims = (params["embedding"], ("vocab", "embed")) if tied else (params["head"], ("embed", "vocab"))
     per_token: Any = _logprobs_and_entropy(
-        previous_MD, weight, jnp.asarray(tokens_BT).reshape(-1), 1 if tied else 0, temperature,
-        block_rows(config, B * T),
+        hidden_MD, gathered(weight, dims, config.mesh, weight.dtype), next_BT.reshape(-1), dims.index("embed"),
+        temperature, block_rows(config, len(hidden_MD)), config.mesh,
     )  # fmt: skip
+    align = lambda x_M: jnp.roll(whole(x_M.reshape(B, -1), "context", config.mesh, 1), 1, axis=1)  # noqa: E731
     logprobs_M, entropy_M = per_token
-    return logprobs_M.reshape(B, T), entropy_M.reshape(B, T), router
+    return align(logprobs_M), align(entropy_M), router
 
 
 def block_rows(config: ModelConfig, M: int) -> int:
     """Rows R of one block: `config.head_rows` or the automatic power of two, less where M rows then split evenly."""
-    most = config.head_rows or 1 << max((AUTOMATIC_LOGITS // config.vocab_size).bit_length() - 1, 0)
+    columns = config.vocab_size // config.mesh.tensor
+    most = config.head_rows or 1 << max((AUTOMATIC_LOGITS // columns).bit_length() - 1, 0)
     blocks = max(-(-M // most), 1)
     return -(-M // blocks)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _logprobs_and_entropy(hidden_MD, weight, tokens_M, d_axis: int, temperature: float, R: int):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _logprobs_and_entropy(hidden_MD, weight, tokens_M, d_axis: int, temperature: float, R: int, mesh: MeshConfig):
     """logprobs_M and entropy_M (no gradient), at least float32.
 
     Args:
         hidden_MD: what predicts each token.
-        weight: the head, [D, V] (d_axis 0) or [V, D] (d_axis 1).
+        weight: the head, [D, V] (d_axis 0) or [V, D] (d_axis 1), or this device's part of V.
         tokens_M: int32, the tokens predicted.
         d_axis: axis of `weight` that is D.
         temperature: divides the logits.
         R: rows of a block.
+        mesh: says how many devices share V.
     """
-    return _forward(hidden_MD, weight, tokens_M, d_axis, temperature, R)[0]
+    return _forward(hidden_MD, weight, tokens_M, d_axis, temperature, R, mesh)[0]
 
 
-def _forward(hidden_MD, weight, tokens_M, d_axis, temperature, R):
+def _forward(hidden_MD, weight, tokens_M, d_axis, temperature, R, mesh):
     stored, weight = weight, at_least_float32(weight)
+    tokens_M = _own_columns(tokens_M, weight.shape[1 - d_axis], mesh)
 
     def block(rows):
         hidden_RD, tokens_R = rows
         logits_RV = _logits(hidden_RD, weight, d_axis, temperature)
-        logsumexp_R = jax.nn.logsumexp(logits_RV, axis=-1)
-        chosen_R = jnp.take_along_axis(logits_RV, tokens_R[:, None], axis=-1)[:, 0]
+        logsumexp_R = _logsumexp(logits_RV, mesh)
+        chosen_R1 = jnp.take_along_axis(logits_RV, tokens_R[:, None], axis=-1, mode="fill", fill_value=0)
         p_RV = jnp.exp(logits_RV - logsumexp_R[:, None])  # the backward pass's p_RV, which XLA shares in one block
-        entropy_R = logsumexp_R - jnp.sum(p_RV * logits_RV, axis=-1)
-        return chosen_R - logsumexp_R, entropy_R, logsumexp_R
+        mean_R = jnp.sum(p_RV * logits_RV, axis=-1)
+        chosen_R, mean_R = sum_of_parts(jnp.stack([chosen_R1[:, 0], mean_R]), mesh)
+        return chosen_R - logsumexp_R, logsumexp_R - mean_R, logsumexp_R
 
     M = len(hidden_MD)
     if M <= R:
@@ -102,8 +109,11 @@ def _forward(hidden_MD, weight, tokens_M, d_axis, temperature, R):
     return (logprobs_M, entropy_M), (hidden_MD, stored, tokens_M, logsumexp_M)
 
 
-def _backward(d_axis, temperature, R, kept, cotangents):
-    """d logits = d logprob * (onehot - softmax) / temperature; the weight's gradient adds up in at least float32."""
+def _backward(d_axis, temperature, R, mesh, kept, cotangents):
+    """d logits = d logprob * (onehot - softmax) / temperature; the weight's gradient adds up in at least float32.
+
+    Devices that share V have all computed the same log-probabilities, so that d logprob is the sum of theirs.
+    """
     hidden_MD, stored, tokens_M, logsumexp_M = kept
     weight = at_least_float32(stored)
 
@@ -118,7 +128,7 @@ def _backward(d_axis, temperature, R, kept, cotangents):
         one, other = (wide_RD, dlogits_RV) if d_axis == 0 else (dlogits_RV, wide_RD)
         return _product(one, other, 0, 0), dhidden_RD
 
-    rows = hidden_MD, tokens_M, logsumexp_M, cotangents[0]
+    rows = hidden_MD, tokens_M, logsumexp_M, sum_of_parts(cotangents[0], mesh)
     M = len(hidden_MD)
     if M <= R:
         dweight, dhidden_MD = block(rows)
@@ -136,6 +146,22 @@ def _backward(d_axis, temperature, R, kept, cotangents):
 
 
 _logprobs_and_entropy.defvjp(_forward, _backward)
+
+
+def _own_columns(tokens_M: jax.Array, columns: int, mesh: MeshConfig) -> jax.Array:
+    """Tokens by their column among this device's; one that is none of them is beyond the last."""
+    if mesh.tensor == 1:
+        return tokens_M
+    own_M = tokens_M - jax.lax.axis_index("tensor") * columns
+    return jnp.where((own_M >= 0) & (own_M < columns), own_M, columns)
+
+
+def _logsumexp(logits_RV: jax.Array, mesh: MeshConfig) -> jax.Array:
+    """logsumexp_R over the columns of all devices."""
+    if mesh.tensor == 1:
+        return jax.nn.logsumexp(logits_RV, axis=-1)
+    top_R = jax.lax.pmax(logits_RV.max(axis=-1), "tensor")
+    return top_R + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits_RV - top_R[:, None]), axis=-1), "tensor"))
 
 
 def _logits(hidden_RD: jax.Array, weight: jax.Array, d_axis: int, temperature: float) -> jax.Array:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from m1jax.model.collectives import gathered, sum_of_parts, sum_over_tokens
 from m1jax.model.config import ModelConfig
+from m1jax.model.experts import exchanged
 from m1jax.model.kernels import moe_kernel
 from m1jax.model.layers import at_least_float32, parameter, record, weight
 from m1jax.pallas_kernels.moe.api import expert_mlp
@@ -32,7 +36,9 @@ class MixtureOfExperts(nn.Module):
         # Stored and multiplied in float32: bfloat16 logits flip near-tied choices between trainer and engine.
         router_dtype = jnp.promote_types(c.param_dtype, jnp.float32)
         init = nn.initializers.normal(c.init_std)
-        w_router_DE = parameter(self, "router", (D, E), ("embed", "expert"), router_dtype, init)
+        dims = ("embed", "router")  # every device scores all experts
+        w_router_DE = parameter(self, "router", (D, E), dims, router_dtype, init, c.mesh)
+        w_router_DE = gathered(w_router_DE, dims, c.mesh, router_dtype)
         w_gate_EDF = weight(self, "gate", (E, D, F), ("expert", "embed", "mlp"), c)
         w_up_EDF = weight(self, "up", (E, D, F), ("expert", "embed", "mlp"), c)
         w_down_EFD = weight(self, "down", (E, F, D), ("expert", "mlp", "embed"), c)
@@ -43,11 +49,12 @@ class MixtureOfExperts(nn.Module):
         expert_ids_MA = own_MA
         if recorded_MA is not None:
             expert_ids_MA, combine_weights_MA = replay(router_logits_ME, own_MA, recorded_MA)
-        y_MD = expert_mlp(
+        y_MD = exchanged(
+            partial(expert_mlp, implementation=moe_kernel(c)), c.mesh,
             x_MD, expert_ids_MA, combine_weights_MA, w_gate_EDF, w_up_EDF, w_down_EFD,
-            implementation=moe_kernel(c),
         )  # fmt: skip
-        return y_MD, routing_sums(router_logits_ME, own_MA, expert_ids_MA, live_M) | {"expert_ids": own_MA}
+        sums = routing_sums(router_logits_ME, own_MA, expert_ids_MA, live_M, partial(sum_over_tokens, mesh=c.mesh))
+        return sum_of_parts(y_MD, c.mesh), sums | {"expert_ids": own_MA}
 
 
 class DenseMLP(nn.Module):
@@ -64,4 +71,4 @@ class DenseMLP(nn.Module):
         w_up_DF = weight(self, "up", (D, F), ("embed", "mlp"), c)
         w_down_FD = weight(self, "down", (F, D), ("mlp", "embed"), c)
         y_MD = (jax.nn.silu(x_MD @ w_gate_DF) * (x_MD @ w_up_DF)) @ w_down_FD
-        return y_MD, {}
+        return sum_of_parts(y_MD, c.mesh), {}

@@ -22,6 +22,7 @@ one after another on their own slices: a scan would copy every weight and every 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any, overload
 
@@ -29,11 +30,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
+from m1jax.mesh import ONE, axes_of
 from m1jax.model import cache as cache_lib
 from m1jax.model.attention import SoftmaxAttention
 from m1jax.model.cache import Cache
+from m1jax.model.collectives import gathered, own_part, sum_of_parts
 from m1jax.model.config import ModelConfig
+from m1jax.model.context import Where, without_cache
 from m1jax.model.layers import TRACE, RMSNorm, at_least_float32, parameter, record
 from m1jax.model.lightning import LightningAttention
 from m1jax.model.moe import DenseMLP, MixtureOfExperts
@@ -51,20 +56,19 @@ class Layer(nn.Module):
     kind: str
 
     @nn.compact
-    def __call__(self, h_MD, slopes_N, cache, recorded_MA, context):
+    def __call__(self, h_MD, slopes_N, cache, recorded_MA, where: Where):
         c = self.config
-        positions_BT, segment_ids_BT, slots = context
         u_MD = RMSNorm(c, c.norm_eps, name="norm_attention")(h_MD)
         if self.kind == "lightning":
             alpha, beta = c.lightning_alpha, c.lightning_beta
-            y_MD, cache = LightningAttention(c, name="attention")(u_MD, slopes_N, cache, segment_ids_BT)
+            y_MD, cache = LightningAttention(c, name="attention")(u_MD, slopes_N, cache, where)
         else:
             alpha, beta = c.softmax_alpha, c.softmax_beta
-            y_MD, cache = SoftmaxAttention(c, name="attention")(u_MD, cache, positions_BT, segment_ids_BT, slots)
+            y_MD, cache = SoftmaxAttention(c, name="attention")(u_MD, cache, where)
         a_MD = alpha * (u_MD if c.postnorm else h_MD) + beta * y_MD
         v_MD = RMSNorm(c, c.norm_eps, name="norm_mlp")(a_MD)
         mlp = MixtureOfExperts if c.num_experts else DenseMLP
-        y_MD, router = mlp(c, name="mlp")(v_MD, segment_ids_BT.reshape(-1) > 0, recorded_MA)
+        y_MD, router = mlp(c, name="mlp")(v_MD, where.segment_ids_BT.reshape(-1) > 0, recorded_MA)
         h_MD = c.mlp_alpha * (v_MD if c.postnorm else a_MD) + c.mlp_beta * y_MD
         record(self, "output_MD", h_MD)
         return h_MD, (cache, router)
@@ -76,13 +80,14 @@ class Period(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, h_MD, slopes_by_run, _, recorded_by_run, context):
+    def __call__(self, h_MD, slopes_by_run, _, recorded_by_run, where: Where):
         c = self.config
-        layer = nn.remat(Layer, prevent_cse=False) if c.remat == "layer" else Layer
+        keep = kept_for_backward(c)
+        layer = Layer if keep is None else nn.remat(Layer, prevent_cse=False, policy=keep)
         routers = []
         for i, (kind, count) in enumerate(c.runs):
             run = _scanned(layer, count, "layers")(c, kind, name=f"{i}_{kind}")
-            h_MD, (_, router) = run(h_MD, slopes_by_run[i], None, recorded_by_run[i], context)
+            h_MD, (_, router) = run(h_MD, slopes_by_run[i], None, recorded_by_run[i], where)
             routers.append(router)
         return h_MD, tuple(routers)
 
@@ -93,37 +98,65 @@ class Decoder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT, recorded_LMA, context):
+    def __call__(self, tokens_BT, recorded_LMA, where: Where):
         c = self.config
         D, V, init = c.hidden_size, c.vocab_size, nn.initializers.normal(c.init_std)
-        table_VD = parameter(self, "embedding", (V, D), ("vocab", "embed"), c.param_dtype, init)
+        table_VD = parameter(self, "embedding", (V, D), ("vocab", "embed"), c.param_dtype, init, c.mesh)
         if not c.tied_embeddings:
-            parameter(self, "head", (D, V), ("embed", "vocab"), c.param_dtype, init)
+            parameter(self, "head", (D, V), ("embed", "vocab"), c.param_dtype, init, c.mesh)
 
-        h_MD = table_VD[tokens_BT.reshape(-1)].astype(c.dtype)
+        h_MD = embedded(table_VD, tokens_BT, c)
         periods = _scanned(Period, c.num_periods, "periods")(c, name="periods")
-        h_MD, routers = periods(h_MD, _slopes_by_run(c), None, _by_run(c, recorded_LMA), context)
+        h_MD, routers = periods(h_MD, _slopes_by_run(c), None, _by_run(c, recorded_LMA), where)
         return RMSNorm(c, c.norm_eps, name="norm_final")(h_MD), routers
 
 
 def _one_after_another(
-    params: Params, config: ModelConfig, tokens_BT: Array, recorded_LMA: Any, context: Any, caches: Any, *, traced: bool
+    params: Params, config: ModelConfig, tokens_BT: Array, recorded_LMA: Any, where: Where, caches: Any, *, traced: bool
 ) -> tuple[jax.Array, tuple[Any, ...], list[dict[str, jax.Array]]]:
     """What `Decoder` computes, without a scan; `params` from `by_layer`, one cache and one router for each layer."""
-    h_MD: Any = params["embedding"][tokens_BT.reshape(-1)].astype(config.dtype)
+    h_MD: Any = embedded(params["embedding"], tokens_BT, config)
+    keep = kept_for_backward(config)
     new_caches, routers = [], []
     for i, kind in enumerate(config.kinds):
         layer = partial(Layer(config, kind).apply, mutable=[TRACE] if traced else False)
-        if config.remat == "layer":
-            layer = jax.checkpoint(layer)
+        if keep is not None:
+            layer = jax.checkpoint(layer, policy=keep)
         slopes_N = jnp.asarray(slopes(config.num_heads, i, config.num_layers)) if kind == "lightning" else None
         recorded_MA = None if recorded_LMA is None else recorded_LMA[i]
-        result: Any = layer({"params": params["layers"][i]}, h_MD, slopes_N, caches[i], recorded_MA, context)
+        result: Any = layer({"params": params["layers"][i]}, h_MD, slopes_N, caches[i], recorded_MA, where)
         (h_MD, (cache, router)), recorded = result if traced else (result, None)
         new_caches.append(cache)
         routers.append(router if recorded is None else _by_name(recorded[TRACE]))
     hidden_MD: Any = RMSNorm(config, config.norm_eps).apply({"params": params["norm_final"]}, h_MD)
     return hidden_MD, tuple(new_caches), routers
+
+
+def embedded(table_VD: jax.Array, tokens_BT: Array, config: ModelConfig) -> jax.Array:
+    """h_MD: the rows of the embedding, of which this device has a part, in the compute dtype."""
+    mesh, token_M = config.mesh, tokens_BT.reshape(-1)
+    if mesh.fsdp > 1:
+        table_VD = gathered(table_VD, ("vocab", "embed"), mesh, config.dtype)
+    if mesh.tensor > 1:
+        token_M = token_M - jax.lax.axis_index("tensor") * len(table_VD)
+        elsewhere_M1 = ((token_M < 0) | (token_M >= len(table_VD)))[:, None]
+        h_MD = jnp.where(elsewhere_M1, 0, table_VD[jnp.clip(token_M, 0, len(table_VD) - 1)])
+    else:
+        h_MD = table_VD[token_M]
+    return sum_of_parts(h_MD.astype(config.dtype), mesh)
+
+
+def kept_for_backward(config: ModelConfig) -> Any:
+    """The policy of `jax.checkpoint` for a layer; None where nothing is computed again."""
+    policies = jax.checkpoint_policies
+    if config.remat == "none":
+        return _all_but_gathered_weights if config.mesh.fsdp > 1 else None
+    return policies.nothing_saveable if config.remat == "layer" else policies.dots_with_no_batch_dims_saveable
+
+
+def _all_but_gathered_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A weight that was gathered is not kept, nor what is only another view of it: they would be the whole model."""
+    return primitive.name not in ("all_gather", "reshape", "convert_element_type", "transpose", "slice", "squeeze")
 
 
 def by_layer(params: Params, config: ModelConfig) -> Params:
@@ -182,8 +215,8 @@ def _by_run(config: ModelConfig, x_L: jax.Array | None) -> tuple[jax.Array | Non
 
 
 def _boxed_init(key: jax.Array, config: ModelConfig) -> Any:
-    one_BT = jnp.ones((1, 1), jnp.int32)
-    return Decoder(config).init(key, one_BT, None, (one_BT, one_BT, None))["params"]
+    one_BT, config = jnp.ones((1, 1), jnp.int32), dataclasses.replace(config, mesh=ONE)  # of whole parameters
+    return Decoder(config).init(key, one_BT, None, without_cache(one_BT, config.mesh))["params"]
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
@@ -191,9 +224,16 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
     return nn.meta.unbox(_boxed_init(key, config))
 
 
+@functools.cache
 def logical_axes(config: ModelConfig) -> Any:
     """The tree of `init` with, for every parameter, its PartitionSpec of logical axis names."""
     return nn.get_partition_spec(jax.eval_shape(lambda key: _boxed_init(key, config), jax.random.key(0)))
+
+
+def parameter_specs(config: ModelConfig) -> Any:
+    """The tree of `init` with, for every parameter, its PartitionSpec over the axes of a mesh (`m1jax.mesh.RULES`)."""
+    is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda dims: PartitionSpec(*axes_of(dims)), logical_axes(config), is_leaf=is_spec)
 
 
 @overload
@@ -234,6 +274,8 @@ def hidden_states(params, config, tokens_BT, segment_ids_BT, cache=None, expert_
         hidden_MD [B * T, D] in the compute dtype, the grown cache (None without one), and what the routers did, layers
         first: the sums over live tokens of `routing_sums` (same file), [L] or [L, E], which add up over micro-batches
         and devices, and "expert_ids" int32 [L, B * T, A], their own choice, best first. {} for a dense model.
+
+        Where the tokens of a row are dealt out (`config.mesh.context`), these are of this device's part of T.
     """
     return _run(params, config, tokens_BT, segment_ids_BT, cache, expert_ids_BTLA, traced=False)
 
@@ -244,15 +286,16 @@ def _run(params, config: ModelConfig, tokens_BT, segment_ids_BT, cache, expert_i
     if expert_ids_BTLA is not None:
         recorded_LMA = jnp.moveaxis(expert_ids_BTLA.reshape(-1, *expert_ids_BTLA.shape[2:]), 1, 0)
     if cache is None:
-        context, caches = (positions_in_segments(segment_ids_BT), segment_ids_BT, None), (None,) * config.num_layers
+        where, caches = without_cache(segment_ids_BT, config.mesh), (None,) * config.num_layers
+        tokens_BT, recorded_LMA = _own_tokens(tokens_BT, recorded_LMA, config)
     else:
         first_slot = cache.next_slot
         cache, positions_BT = cache_lib.claim_slots(cache, segment_ids_BT)
-        context = positions_BT, segment_ids_BT, (first_slot, cache.slot_positions, cache.slot_segments)
+        where = Where(positions_BT, segment_ids_BT, cache.slot_positions, cache.slot_segments, first_slot)
         caches = cache.layers
     if cache is None and config.scan_layers and "layers" not in params:
         result: Any = Decoder(config).apply(
-            {"params": params}, tokens_BT, recorded_LMA, context, mutable=[TRACE] if traced else False
+            {"params": params}, tokens_BT, recorded_LMA, where, mutable=[TRACE] if traced else False
         )
         (hidden_MD, routers), recorded = result if traced else (result, None)
         if recorded is not None:
@@ -261,11 +304,20 @@ def _run(params, config: ModelConfig, tokens_BT, segment_ids_BT, cache, expert_i
         join = lambda *parts: jnp.concatenate(parts, axis=1).reshape(-1, *parts[0].shape[2:])  # noqa: E731
         return hidden_MD, None, jax.tree.map(join, *routers)
     hidden_MD, layers, routers = _one_after_another(
-        by_layer(params, config), config, tokens_BT, recorded_LMA, context, caches, traced=traced
+        by_layer(params, config), config, tokens_BT, recorded_LMA, where, caches, traced=traced
     )
     if cache is not None:
         cache = dataclasses.replace(cache, layers=layers)
     return hidden_MD, cache, jax.tree.map(lambda *rows: jnp.stack(rows), *routers)
+
+
+def _own_tokens(tokens_BT: Array, recorded_LMA: Any, config: ModelConfig) -> tuple[Any, Any]:
+    """This device's part of tokens, and of the experts that have to serve them."""
+    mesh, (B, T) = config.mesh, tokens_BT.shape
+    if recorded_LMA is not None:
+        L, _, A = recorded_LMA.shape
+        recorded_LMA = own_part(recorded_LMA.reshape(L, B, T, A), "context", mesh, 2).reshape(L, -1, A)
+    return own_part(jnp.asarray(tokens_BT), "context", mesh, 1), recorded_LMA
 
 
 def _by_name(recorded: Any) -> dict[str, jax.Array]:
@@ -283,15 +335,6 @@ def trace(
     (at least float32).
     """
     return _run(params, config, tokens_BT, segment_ids_BT, cache, traced=True)
-
-
-def positions_in_segments(segment_ids_BT: jax.Array) -> jax.Array:
-    """int32 [B, T]: each token's distance from its segment's start, counted in live tokens."""
-    live_BT = segment_ids_BT > 0
-    before_BT = jnp.cumsum(live_BT, axis=1, dtype=jnp.int32) - live_BT
-    starts_BT = segment_ids_BT != jnp.pad(segment_ids_BT, ((0, 0), (1, 0)))[:, :-1]
-    origin_BT = jax.lax.cummax(jnp.where(starts_BT & live_BT, before_BT, 0), axis=1)
-    return (before_BT - origin_BT).astype(jnp.int32)
 
 
 def head(params: Params, hidden_MD: jax.Array) -> jax.Array:

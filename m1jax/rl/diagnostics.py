@@ -6,10 +6,16 @@ All of them look at what the update has computed anyway: arrays of tokens, and o
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from m1jax.rl.loss import LossConfig, LossInput, importance_ratio, kept, kl_terms
 from m1jax.train.optimizer import OptimizerConfig
@@ -87,17 +93,38 @@ def replay_differences(
     return {"recorded": count(known_LMA), "recorded_differs": count(known_LMA & ~agrees_LMA)}
 
 
-def sample_entries(tree: Params) -> Entries:
-    """float32: all entries of small arrays, GRADIENT_SAMPLE of a large one at places that are drawn once, for ever."""
+def sample_entries(tree: Params, specs: Any = None) -> Entries:
+    """float32: all entries of small arrays, GRADIENT_SAMPLE of a large one at places that are drawn once, for ever.
+
+    Inside `jax.shard_map`, with the PartitionSpecs of the tree, the same places of the whole arrays: every device gives
+    the entries that it has.
+    """
     values, stands_for = [], []
-    for x in jax.tree.leaves(tree):
-        taken = x.reshape(-1)
-        if x.size > GRADIENT_SAMPLE:
-            draw = np.random.default_rng(0)
-            taken = x[tuple(draw.integers(0, n, GRADIENT_SAMPLE) for n in x.shape)]  # by axis: no index overflows
+    for x, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs) or itertools.repeat(P())):  # noqa: B905
+        axes = (*spec, *(None,) * (x.ndim - len(spec)))
+        shape = [n * (jax.lax.axis_size(axis) if axis else 1) for n, axis in zip(x.shape, axes, strict=True)]
+        size, draw = math.prod(shape), np.random.default_rng(0)
+        if size <= GRADIENT_SAMPLE:
+            places = np.unravel_index(np.arange(size), shape)
+        else:
+            places = [draw.integers(0, n, GRADIENT_SAMPLE) for n in shape]  # by axis: no index overflows
+        taken = _entries(x, places, axes)
         values.append(taken.astype(jnp.float32))
-        stands_for.append(np.full(taken.size, x.size / taken.size, np.float32))
+        stands_for.append(np.full(taken.size, size / taken.size, np.float32))
     return jnp.concatenate(values), jnp.asarray(np.concatenate(stands_for))
+
+
+def _entries(x: jax.Array, places: Sequence[np.ndarray], axes: Sequence[str | None]) -> jax.Array:
+    """Entries of an array of which this device has a part along some mesh axes."""
+    here, elsewhere = [], False
+    for place, n, axis in zip(places, x.shape, axes, strict=True):
+        own = place - (jax.lax.axis_index(axis) * n if axis else 0)
+        elsewhere |= (own < 0) | (own >= n)
+        here.append(own)
+    if not any(axes):
+        return x[tuple(here)]
+    taken = x.at[tuple(here)].get(mode="clip")
+    return jax.lax.psum(jnp.where(elsewhere, 0, taken), tuple(axis for axis in axes if axis))
 
 
 def gradient_magnitudes(gradient: Entries) -> dict[str, jax.Array]:
@@ -128,13 +155,15 @@ def cosine(one: Entries, other: Entries) -> jax.Array:
     return dot(x, y) / jnp.sqrt(dot(x, x) * dot(y, y))
 
 
-def eps_dominated_share(state: TrainState, adam: OptimizerConfig) -> jax.Array:
+def eps_dominated_share(
+    state: TrainState, adam: OptimizerConfig, sampled: Callable[[Params], Entries] = sample_entries
+) -> jax.Array:
     """E2 of the paper: share of AdamW's denominators sqrt(v) + eps in which eps is the larger part.
 
     After the update, v corrected for its start at zero; entries that never had a gradient are left out, by the first
     moment: v underflows for gradients below 1e-19.
     """
-    v, stands_for = sample_entries(optax.tree.get(state.opt_state, "nu"))
-    seen = jnp.where(sample_entries(optax.tree.get(state.opt_state, "mu"))[0] != 0, stands_for, 0.0)
+    v, stands_for = sampled(optax.tree.get(state.opt_state, "nu"))
+    seen = jnp.where(sampled(optax.tree.get(state.opt_state, "mu"))[0] != 0, stands_for, 0.0)
     corrected = v / (1 - adam.b2 ** jnp.maximum(state.updates, 1).astype(jnp.float32))
     return jnp.sum(jnp.where(jnp.sqrt(corrected) < adam.eps, seen, 0.0)) / jnp.maximum(seen.sum(), 1)

@@ -10,6 +10,7 @@ batch. `rollout_logprobs` are always of the full softmax at the sampling tempera
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -22,15 +23,23 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from m1jax.errors import UserError
+from m1jax.mesh import MeshConfig
 from m1jax.model import cache as cache_lib
+from m1jax.model.collectives import whole
 from m1jax.model.config import ModelConfig
-from m1jax.model.transformer import by_layer, head, hidden_states
-from m1jax.sharding import DATA
+from m1jax.model.transformer import by_layer, head, hidden_states, parameter_specs
+from m1jax.sharding import deal, on_mesh, placed, to_host
 from m1jax.types import ENDINGS, HELDOUT_INDEX, Params, Prompt, Rollout, Sampling
+
+ROWS = ("data", "fsdp", "expert", "context")
+"""Here rows are dealt out along these axes: a token that is decoded has no other tokens to be dealt out."""
 
 
 class LocalEngine:
-    """An `Engine` over this process's devices.
+    """An `Engine` over the devices of a mesh.
+
+    Experts, heads and vocabulary lie as in training; what training deals out along `fsdp` is gathered once, when
+    weights are set: to gather it at every token would take longer than the token.
 
     Args:
         config: the decoder.
@@ -50,16 +59,22 @@ class LocalEngine:
         mesh: Mesh,
         record_experts: bool = False,
     ):
-        self.config, self.prompt_tokens, self.rows = config, prompt_tokens, rows
+        sizes = on_mesh(config, mesh).mesh
+        sizes = dataclasses.replace(sizes, data=1, fsdp=1, context=1)  # between these nothing is said
+        self.config, self.mesh = dataclasses.replace(config, mesh=sizes), mesh
+        self.specs = jax.tree.map(_without_fsdp, parameter_specs(config))
+        self.prompt_tokens, self.rows = prompt_tokens, rows
         self.stop_ids, self.record_experts = tuple(stop_ids), record_experts
         self.params: Params = None
         self.version = -1
         self._kept: Params = None  # the parameters again, which no update writes over
         self._behind: ThreadPoolExecutor | None = None
-        self._sample = jax.jit(partial(self._sample_shards, mesh), static_argnames=("sampling", "responses", "record"))
+        self._sample = jax.jit(self._sample_shards, static_argnames=("sampling", "responses", "record"))
+        self._gather = jax.jit(lambda params: params, out_shardings=placed(mesh, self.specs))
 
     def set_weights(self, params: Params, version: int) -> None:
-        self.params, self.version, self._kept = params, version, None
+        self.params = params if self.mesh.shape["fsdp"] == 1 else self._gather(params)
+        self.version, self._kept = version, None
 
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
         return self._generate(self.params, self.version, prompts, responses, sampling, seed)
@@ -112,13 +127,10 @@ class LocalEngine:
         rollouts: list[list[Rollout]] = []
         for start in range(0, len(prompts), per_call):
             chunk = prompts[start : start + per_call]
-            arrays = self._pad(chunk, per_call)
-            sampled, experts = self._sample(
-                params, *arrays, seed, sampling=sampling, responses=responses, record=record
-            )
-            ids, logprobs, lengths, endings = (
-                np.asarray(x).reshape(per_call, responses, *x.shape[1:]) for x in sampled
-            )
+            arrays = deal(self._pad(chunk, per_call), self.mesh, 0, ROWS)
+            found = self._sample(params, *arrays, seed, sampling=sampling, responses=responses, record=record)
+            sampled, experts = to_host(found)
+            ids, logprobs, lengths, endings = (x.reshape(per_call, responses, *x.shape[1:]) for x in sampled)
             served = _by_rollout(experts, chunk, lengths)
             for p, prompt in enumerate(chunk):
                 rollouts.append(
@@ -137,15 +149,14 @@ class LocalEngine:
                 )
         return rollouts
 
-    def _sample_shards(
-        self, mesh, params, tokens_PT, segment_ids_PT, prompt_index_P, seed, *, sampling, responses, record
-    ):
+    def _sample_shards(self, params, tokens_PT, segment_ids_PT, prompt_index_P, seed, *, sampling, responses, record):
         """`sample` with the prompts dealt out to the devices, each of which decodes its own rows to their end."""
         local = partial(
             sample, config=self.config, sampling=sampling, responses=responses, stop_ids=self.stop_ids, record=record
         )
+        rows, mesh = P(ROWS), self.mesh
         shard = jax.shard_map(
-            local, mesh=mesh, in_specs=(P(), P(DATA), P(DATA), P(DATA), P()), out_specs=P(DATA), check_vma=False
+            local, mesh=mesh, in_specs=(self.specs, rows, rows, rows, P()), out_specs=rows, check_vma=False
         )
         return shard(params, tokens_PT, segment_ids_PT, prompt_index_P, seed)
 
@@ -200,7 +211,8 @@ def sample(
     experts_PTLA = _experts(routed, config, segment_ids_PT) if record else None
     last_P = jnp.maximum(segment_ids_PT.sum(axis=1) - 1, 0)
     hidden_PD = hidden_MD.reshape(P, T, -1)[jnp.arange(P), last_P]
-    logits_BV = jnp.repeat(head(params, hidden_PD), responses, axis=0)
+    logits_of = lambda hidden_BD: whole(head(params, hidden_BD), "tensor", config.mesh, 1)  # noqa: E731
+    logits_BV = jnp.repeat(logits_of(hidden_PD), responses, axis=0)
     cache = cache_lib.repeat_rows(cache, responses)
 
     key_P = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), prompt_index_P)
@@ -227,7 +239,7 @@ def sample(
         hidden_BD, cache, routed = hidden_states(params, config, token_B[:, None], segment_B1, cache)
         if experts_BSLA is not None:
             experts_BSLA = jax.lax.dynamic_update_slice_in_dim(experts_BSLA, _experts(routed, config, segment_B1), t, 1)
-        logits_BV = head(params, hidden_BD)
+        logits_BV = logits_of(hidden_BD)
         return t + 1, cache, logits_BV, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, run_B, live_B
 
     zeros_B = jnp.zeros((B,), jnp.int32)
@@ -237,17 +249,26 @@ def sample(
         experts_BSLA, zeros_B, jnp.full((B,), ENDINGS.index("length"), jnp.int32), zeros_B,
         jnp.repeat(segment_ids_PT.any(axis=1), responses),
     )  # fmt: skip
-    carry = jax.lax.while_loop(lambda carry: (carry[0] < S) & carry[-1].any(), step, carry)
+    carry = jax.lax.while_loop(lambda carry: (carry[0] < S) & _any(carry[-1], config.mesh), step, carry)
     _, _, _, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, _, _ = carry
     sampled = ids_BS, logprobs_BS, lengths_B, endings_B
     return sampled, None if experts_PTLA is None or experts_BSLA is None else (experts_PTLA, experts_BSLA)
+
+
+def _any(live_B: jax.Array, mesh: MeshConfig) -> jax.Array:
+    """Whether a row is live here, or on a device that shares its experts and has to go on for our sake."""
+    return live_B.any() if mesh.expert == 1 else jax.lax.pmax(live_B.any(), "expert")
+
+
+def _without_fsdp(spec: P) -> P:
+    return P(*(None if axis == "fsdp" else axis for axis in spec))
 
 
 def _by_rollout(experts: Any, prompts: Sequence[Prompt], lengths_PR: np.ndarray) -> list[list[np.ndarray | None]]:
     """What `sample` recorded as one array [prompt + response, L, A] for each rollout, or as many None."""
     if experts is None:
         return [[None] * lengths_PR.shape[1] for _ in prompts]
-    of_prompts, of_responses = (np.asarray(x) for x in experts)
+    of_prompts, of_responses = experts
     of_responses = of_responses.reshape(*lengths_PR.shape, *of_responses.shape[1:])
 
     def joined(p: int, i: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from m1jax.rl.collect import collect
 from m1jax.rl.monitors import rollout_metrics, update_metrics
 from m1jax.rl.run import Run, open_run
 from m1jax.rl.settings import RLConfig
+from m1jax.sharding import deal
 from m1jax.train.interrupt import Interrupted, StopSignal
 from m1jax.train.report import RunResult, load_run
 from m1jax.types import Engine, Params
@@ -64,7 +65,7 @@ def train(
                     router_replay=config.rollout.router_replay != "off",
                 )  # fmt: skip
             with run.clock.stage("update"):
-                run.state, device_metrics = run.update(run.state, batch)
+                run.state, device_metrics = run.update(run.state, deal(batch, run.mesh, 2))
                 trained = update_metrics(jax.device_get(device_metrics))
             run.step += 1
             require_finite(run.step, "update", trained)

@@ -26,8 +26,10 @@ from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
 from m1jax.data.tokenizer_files import save_tokenizer
 from m1jax.errors import NonFinite, UserError
 from m1jax.model.kernels import check_kernels
+from m1jax.model.transformer import parameter_specs
 from m1jax.rewards.grader import Grader
 from m1jax.rewards.score import score_responses
+from m1jax.rl import engine_local
 from m1jax.rl.ahead import Ahead
 from m1jax.rl.batch import make_batch, of_responses
 from m1jax.rl.engine_local import LocalEngine
@@ -38,7 +40,7 @@ from m1jax.rl.recorded import ROLLOUTS, ReplayEngine, file_name, save_rollouts
 from m1jax.rl.settings import RewardConfig, RLConfig
 from m1jax.rl.shaping import by_ending, kl_sums, overlong
 from m1jax.rl.update import make_frozen_logprobs, make_update
-from m1jax.sharding import check_rows, data_mesh, replicated
+from m1jax.sharding import check_rows, deal, make_mesh, on_mesh, placed, to_host
 from m1jax.train import report
 from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
@@ -171,6 +173,7 @@ class Run:
 
     config: RLConfig
     folder: Path
+    mesh: Mesh
     prompts: Ahead
     heldout: list[Prompt]
     scorer: Scorer
@@ -434,7 +437,7 @@ def open_reference(
     def reference(prompts: list[Prompt], rollouts: list[list[Rollout]]) -> list[list[np.ndarray]]:
         everything = np.ones((len(prompts), len(rollouts[0])), bool)
         batch = make_batch(prompts, rollouts, everything, everything, shape, "constant", longest)
-        return of_responses(np.asarray(logprobs(frozen, batch)), prompts, rollouts, shape)
+        return of_responses(to_host(logprobs(frozen, deal(batch, mesh, 2))), prompts, rollouts, shape)
 
     return reference
 
@@ -449,16 +452,17 @@ def open_run(
     config: RLConfig, workdir: str | Path, params: Params | None, engine: Engine | None, log: Callable[[str], None]
 ) -> Iterator[Run]:
     """Set a run up, restored from its last checkpoint where it has one, and close it whatever happens."""
-    folder, mesh = Path(workdir), data_mesh()
+    folder, mesh = Path(workdir), make_mesh(config.mesh)
+    model = on_mesh(config.model, mesh)
     check_rows(config.update.micro_batch_rows, "config.update.micro_batch_rows", mesh)
     if engine is not None and config.rollout.replay:
         raise UserError("config.rollout.replay: stands in for an engine, and one was given; leave one of the two out")
     if engine is not None and config.servers is not None:
         raise UserError("config.servers: stands in for an engine, and one was given; leave one of the two out")
     if engine is None and not config.rollout.replay and config.servers is None:
-        check_rows(config.rollout.engine_rows, "config.rollout.engine_rows", mesh)
+        check_rows(config.rollout.engine_rows, "config.rollout.engine_rows", mesh, engine_local.ROWS)
         prompts = config.rollout.engine_rows // config.rollout.responses
-        check_rows(prompts, "config.rollout.engine_rows / responses", mesh)
+        check_rows(prompts, "config.rollout.engine_rows / responses", mesh, engine_local.ROWS)
 
     questions = open_questions(config)
     problems = TrainProblems(
@@ -468,16 +472,15 @@ def open_run(
     source = PromptSource(problems, questions.tokenize, config.problems.max_prompt_tokens, config.seed, distinct)
 
     if params is None and config.init_from and not steps(folder / "checkpoints"):
-        params, meta = init_params(config.init_from, config.model, replicated(mesh), log)
+        params, meta = init_params(config.init_from, config.model, placed(mesh, parameter_specs(model)), log)
         check_heldout(config, meta)
     heldout = questions.heldout
     if config.rollout.replay:
         engine, heldout = ReplayEngine(config.rollout.replay, config.steps), []  # what others sampled tests nothing
     optimizer = make_optimizer(config.optimizer)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
-    report.claim_run_folder(
-        folder, config, apart="servers"
-    )  # after everything that a user may have to mend in the config
+    # After everything that a user may have to mend in the config.
+    report.claim_run_folder(folder, config, apart=("servers", "mesh"))
     save_tokenizer(config.tokenizer, folder / HUGGINGFACE)
     reference = None
     with ExitStack() as stack:
@@ -524,7 +527,7 @@ def open_run(
         for line in config.warnings():
             log(f"warning: {line}")
         run = Run(
-            config=config, folder=folder, prompts=prompts, heldout=heldout, scorer=scorer, engine=engine,
+            config=config, folder=folder, mesh=mesh, prompts=prompts, heldout=heldout, scorer=scorer, engine=engine,
             update=update, checkpoints=checkpoints, sinks=sinks, clock=clock, log=log, state=state, step=step,
             saved=first, reference=reference, unrecorded=meta.get("unrecorded"),
         )  # fmt: skip

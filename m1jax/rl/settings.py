@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from m1jax.data.settings import ProblemsConfig, TokenizerConfig
+from m1jax.mesh import MeshConfig
 from m1jax.model.config import KernelConfig, ModelConfig
 from m1jax.rl.batch import BatchShape, UpdateConfig
 from m1jax.rl.loss import LossConfig
@@ -178,6 +179,7 @@ class RLConfig:
         kernels: who computes attention and the experts, in the update and in the local engine alike.
         router: what the experts' routers are trained on beside the objective; nothing by default.
         servers: SGLang servers that sample in place of the local engine; None samples in this process.
+        mesh: how devices share the work; by default each has all parameters and its own rows.
     """
 
     seed: int
@@ -198,9 +200,10 @@ class RLConfig:
     kernels: KernelConfig = KernelConfig()
     router: RouterConfig = NO_AUXILIARY_LOSS
     servers: ServersConfig | None = None
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels))
+        object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels, mesh=self.mesh))
         if self.steps < 0:
             raise ValueError(f"steps: {self.steps} must be at least 0 (0 evaluates only)")
         if self.sampling.top_p < 1 or self.sampling.top_k > 0:
@@ -231,7 +234,11 @@ class RLConfig:
             raise ValueError(
                 f"rollout.router_replay: {self.rollout.router_replay!r}, but a dense model has no router; choose 'off'"
             )
-        _ = self.batch_shape
+        if self.mesh.context and self.batch_shape.tokens % self.mesh.context:
+            raise ValueError(
+                f"mesh.context: {self.mesh.context} devices cannot share the {self.batch_shape.tokens} tokens of a row "
+                f"evenly; set update.row_tokens to a multiple"
+            )
         for name, sampling in (("sampling", self.sampling), ("evaluation.sampling", self.evaluation.sampling)):
             window, bound = self.problems.max_prompt_tokens + sampling.max_tokens, self.model.max_positions
             if window > bound > 0:

@@ -17,8 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from m1jax.mesh import ROWS, TOKENS
+from m1jax.model import transformer
+from m1jax.model.collectives import own_part
 from m1jax.model.config import ModelConfig
 from m1jax.model.logprobs import token_logprobs
 from m1jax.rl.diagnostics import (
@@ -30,14 +34,11 @@ from m1jax.rl.diagnostics import (
     token_metrics,
 )
 from m1jax.rl.loss import LossConfig, LossInput, mismatch_weight, policy_loss
-from m1jax.sharding import DATA
+from m1jax.sharding import BATCH, on_mesh, placed, replicated, sum_gradients
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.router import NO_AUXILIARY_LOSS, RouterConfig, auxiliary_loss
-from m1jax.train.state import TrainState, apply_gradients
+from m1jax.train.state import TrainState, apply_gradients, state_specs
 from m1jax.types import Batch, Params
-
-REPLICATED, ROWS = PartitionSpec(), PartitionSpec(None, DATA)
-"""Parameters lie whole on every device; a micro-batch's rows (axis 1 of [M, B, T]) are dealt out."""
 
 
 def make_update(
@@ -58,17 +59,24 @@ def make_update(
     axis, and as "router" the sums that `m1jax.train.router` reads. `adam` says what `optimizer` is, for the share of
     its denominators under eps. Where the batch holds the engine's experts they are compared with the trainer's own
     choice; with `replay` they also serve.
+
+    The state is laid out as `m1jax.train.state.state_specs` says, and the rows of a micro-batch are dealt out
+    (`m1jax.sharding.BATCH`). Whatever the mesh, loss and gradient are those of one device up to rounding.
     """
+    model, specs = on_mesh(model, mesh), transformer.parameter_specs(model)
+    sampled = jax.shard_map(
+        partial(sample_entries, specs=specs), mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=False
+    )
     forward = partial(_forward, model=model, temperature=temperature, replay=replay)
     frozen_logprobs = make_frozen_logprobs(model, mesh, temperature=temperature, replay=replay)
 
     @partial(
         jax.shard_map, mesh=mesh, check_vma=False,
-        in_specs=(REPLICATED, ROWS, ROWS), out_specs=(REPLICATED, REPLICATED, REPLICATED, ROWS, ROWS),
+        in_specs=(specs, BATCH, BATCH), out_specs=(specs, P(), P(), BATCH, BATCH),
     )  # fmt: skip
     def summed_gradients(params: Params, micro_batches: Batch, anchors: jax.Array):
         """Over all micro-batches and devices: gradients, loss, routers; per token policy log-probs and entropies."""
-        tokens = jax.lax.psum((micro_batches.segment_ids > 0).sum(), DATA)
+        tokens = jax.lax.psum((micro_batches.segment_ids > 0).sum(), ROWS)
 
         def add_micro_batch(grads, micro):
             batch, anchor_BT = micro
@@ -76,8 +84,9 @@ def make_update(
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         grads, (sums_M, policy_MBT, entropy_MBT) = jax.lax.scan(add_micro_batch, zeros, (micro_batches, anchors))
-        grads, (value, routed) = jax.lax.psum((grads, jax.tree.map(lambda x: x.sum(axis=0), sums_M)), DATA)
-        return grads, value, routed, policy_MBT, entropy_MBT
+        value, routed = jax.tree.map(lambda x: x.sum(axis=0), sums_M)
+        value, routed = jax.lax.psum(value, ROWS), jax.lax.psum(routed, TOKENS)
+        return sum_gradients(grads, specs), value, routed, policy_MBT, entropy_MBT
 
     def accumulate(params, grads, anchor_BT, tokens, batch):
         new, outputs = jax.grad(objective, has_aux=True)(params, batch, anchor_BT, tokens)
@@ -88,8 +97,14 @@ def make_update(
         value = policy_loss(loss_input(batch, anchor_BT, policy_BT), loss)
         own_ids = routed.pop("expert_ids", None)  # a dense model has none
         if own_ids is not None and batch.expert_ids is not None:
-            routed |= replay_differences(own_ids, batch.expert_ids, batch.segment_ids)
-        return value + auxiliary_loss(routed, router, tokens), ((value, routed), policy_BT, entropy_BT)
+            recorded, segment_ids = (
+                own_part(x, "context", model.mesh, 1) for x in (batch.expert_ids, batch.segment_ids)
+            )
+            routed |= replay_differences(own_ids, recorded, segment_ids)
+        # Devices with the same rows compute the same value: each counts for its share (m1jax.model.collectives).
+        shared = value / model.mesh.along(("context", "tensor"))
+        shared += auxiliary_loss(routed, router, tokens) / model.mesh.tensor
+        return shared, ((value, routed), policy_BT, entropy_BT)
 
     def loss_input(batch, anchor_BT, policy_BT):
         weights_BT = batch.weights
@@ -103,21 +118,23 @@ def make_update(
         grads, value, routed, policy_MBT, entropy_MBT = summed_gradients(state.params, micro_batches, anchors)
         live = (micro_batches.weights > 0).any()
         state, norms = apply_gradients(state, grads, optimizer, live)
-        sample = sample_entries(grads)
+        sample = sampled(grads)
         metrics = token_metrics(micro_batches, loss_input(micro_batches, anchors, policy_MBT), entropy_MBT, loss)
         metrics |= gradient_magnitudes(sample) | {"gradient_cosine": cosine(sample, previous)} | norms
         if adam is not None:
-            metrics["eps_dominated_share"] = eps_dominated_share(state, adam)
+            metrics["eps_dominated_share"] = eps_dominated_share(state, adam, sampled)
         metrics |= {"loss": value, "router": routed}
         return (state, jax.tree.map(partial(jnp.where, live), sample, previous)), metrics
 
-    @partial(jax.jit, donate_argnums=0)
+    laid_out = placed(mesh, state_specs(model, optimizer)), replicated(mesh)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=laid_out)
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         anchors = batch.rollout_logprobs
         if loss.ratio_anchor == "trainer":
             anchors = frozen_logprobs(state.params, batch)
         one_pass = lambda carry, _: jax.lax.scan(one_update, carry, (batch, anchors))  # noqa: E731
-        nothing = jax.tree.map(jnp.zeros_like, sample_entries(state.params))  # before the first update
+        nothing = jax.tree.map(jnp.zeros_like, sampled(state.params))  # before the first update
         (state, _), metrics = jax.lax.scan(one_pass, (state, nothing), length=passes)
         return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), metrics)
 
@@ -131,9 +148,10 @@ def make_frozen_logprobs(
 
     With `replay` the experts that served in the engine serve here; the reference chooses its own.
     """
+    model, specs = on_mesh(model, mesh), transformer.parameter_specs(model)
     forward = partial(_forward, model=model, temperature=temperature, replay=replay)
 
-    @partial(jax.shard_map, mesh=mesh, check_vma=False, in_specs=(REPLICATED, ROWS), out_specs=ROWS)
+    @partial(jax.shard_map, mesh=mesh, check_vma=False, in_specs=(specs, BATCH), out_specs=BATCH)
     def of_update(params: Params, micro_batches: Batch) -> jax.Array:
         compute = lambda batch: (None, forward(params, batch)[0])  # noqa: E731
         return jax.lax.map(lambda batch: skip_if_empty(batch, compute, None)[1], micro_batches)
@@ -142,10 +160,11 @@ def make_frozen_logprobs(
 
 
 def skip_if_empty(batch: Batch, compute: Callable[[Batch], Any], otherwise: Any) -> Any:
-    """compute(batch), or (otherwise, zeros) without any work where the micro-batch has no live token."""
+    """compute(batch), or (otherwise, zeros) without any work where the micro-batch has no live token on any device."""
     _, outputs = jax.eval_shape(compute, batch)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
-    return jax.lax.cond((batch.weights > 0).any(), compute, lambda _: (otherwise, zeros), batch)
+    live = jax.lax.pmax((batch.weights > 0).any(), ROWS)  # the same everywhere: `compute` is full of messages
+    return jax.lax.cond(live, compute, lambda _: (otherwise, zeros), batch)
 
 
 def _forward(params: Params, batch: Batch, *, model: ModelConfig, temperature: float, replay: bool):

@@ -40,7 +40,7 @@ HUGGINGFACE = "huggingface"
 
 HOW_NOT_WHAT = (
     "dtype", "param_dtype", "remat", "scan_layers", "lightning_chunk", "attention_block", "head_rows", "init_std",
-    "max_positions", "kernels",
+    "max_positions", "kernels", "mesh",
 )  # fmt: skip
 """Fields of ModelConfig that two configs of one network may differ in."""
 

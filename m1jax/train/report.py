@@ -75,13 +75,13 @@ class Sample:
     after_score: float
 
 
-def claim_run_folder(workdir: str | os.PathLike[str], config: Any, apart: str = "") -> bool:
+def claim_run_folder(workdir: str | os.PathLike[str], config: Any, apart: Sequence[str] = ()) -> bool:
     """Make `workdir` the folder of a run with this config; True where it already is one (the run is resumed).
 
     Args:
         workdir: the folder; made if absent.
         config: dataclass or plain values.
-        apart: section that may be another one when the run is resumed.
+        apart: sections that may be others when the run is resumed.
 
     Raises:
         UserError: the folder belongs to a run with another config; the line names the keys and both values.
@@ -95,7 +95,7 @@ def claim_run_folder(workdir: str | os.PathLike[str], config: Any, apart: str = 
         write_json(folder / CONFIG, config)
         return False
     changes = changed_keys(_read_json(folder / CONFIG), json.loads(json.dumps(config)))
-    if moved := [key for key, _, _ in changes if apart and (key == apart or key.startswith(f"{apart}."))]:
+    if moved := [key for key, _, _ in changes if key.partition(".")[0] in apart]:
         changes = [change for change in changes if change[0] not in moved]
         if not changes:
             write_json(folder / CONFIG, config)

@@ -27,9 +27,11 @@ from m1jax.data.settings import ProblemsConfig, TokenizerConfig
 from m1jax.data.tokenizer import check_vocab_size, load_tokenizer
 from m1jax.data.tokenizer_files import save_tokenizer
 from m1jax.errors import UserError, require_finite
+from m1jax.mesh import MeshConfig
 from m1jax.model.config import KernelConfig, ModelConfig
 from m1jax.model.kernels import check_kernels
-from m1jax.sharding import check_rows, data_mesh, replicated
+from m1jax.model.transformer import parameter_specs
+from m1jax.sharding import check_rows, deal, make_mesh, on_mesh, placed
 from m1jax.train import report
 from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
@@ -81,6 +83,7 @@ class SFTConfig:
         reflection: probability, for every step of a solution, of a slip that the solution then corrects.
         init_from: run or checkpoint folder to start from; "" starts from random parameters.
         kernels: who computes attention and the experts.
+        mesh: how devices share the work; by default each has all parameters and its own rows.
         router: what the experts' routers are trained on beside the text; a dense model has to set both weights to 0.
     """
 
@@ -98,10 +101,11 @@ class SFTConfig:
     reflection: float = 0.1
     init_from: str = ""
     kernels: KernelConfig = KernelConfig()
+    mesh: MeshConfig = MeshConfig()
     router: SupervisedRouterConfig = SupervisedRouterConfig()
 
     def __post_init__(self):
-        object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels))
+        object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels, mesh=self.mesh))
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps} must be at least 1")
         if self.loss_on not in LOSS_ON:
@@ -110,6 +114,11 @@ class SFTConfig:
         if not 0 <= self.reflection < 1:
             raise ValueError(f"reflection: {self.reflection} must be at least 0 and below 1")
         check_router(self.router, self.model)
+        if self.mesh.context and self.rows.tokens % self.mesh.context:
+            raise ValueError(
+                f"mesh.context: {self.mesh.context} devices cannot share the {self.rows.tokens} tokens of a row "
+                f"evenly; change rows.tokens"
+            )
         if self.rows.tokens > self.model.max_positions > 0:
             raise ValueError(
                 f"rows.tokens: {self.rows.tokens}, and the model was made for {self.model.max_positions} positions "
@@ -183,7 +192,8 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     Raises:
         UserError, NonFinite, Interrupted: as `m1jax.rl.loop.train`.
     """
-    folder, mesh = Path(workdir), data_mesh()
+    folder, mesh = Path(workdir), make_mesh(config.mesh)
+    model = on_mesh(config.model, mesh)
     check_rows(config.rows.micro_batch_rows, "config.rows.micro_batch_rows", mesh)
     check_kernels(config.model)
     sequences = Sequences(config)
@@ -191,10 +201,11 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     fresh = not steps(folder / "checkpoints")
     params = None
     if config.init_from and fresh:
-        params, _ = init_params(config.init_from, config.model, replicated(mesh), log)
+        params, _ = init_params(config.init_from, config.model, placed(mesh, parameter_specs(model)), log)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     update = make_supervised_update(config.model, optimizer, mesh, router=config.router)
-    report.claim_run_folder(folder, config)  # after everything that a user may have to mend in the config
+    # After everything that a user may have to mend in the config.
+    report.claim_run_folder(folder, config, apart=("mesh",))
     save_tokenizer(config.tokenizer, folder / HUGGINGFACE)
     step, cursor, seconds = 0, 0, {}
     with ExitStack() as stack:
@@ -225,7 +236,7 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
             with clock.stage("batch"):
                 batch, cursor = pack_rows(sequences, cursor, config.rows, config.loss_on)
             with clock.stage("update"):
-                state, metrics = update(state, batch)
+                state, metrics = update(state, deal(batch, mesh))
                 metrics = jax.device_get(metrics)
                 routed = router_metrics(metrics.pop("router"))
                 metrics = {f"train/{name}": float(value) for name, value in metrics.items()} | routed

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from m1jax.errors import UserError
 from m1jax.model import transformer
 from m1jax.model.config import ModelConfig
-from m1jax.sharding import replicated
+from m1jax.sharding import placed
 from m1jax.types import Params
 
 
@@ -38,9 +39,10 @@ class TrainState:
 def init_state(
     seed: int, config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, params: Params | None = None
 ) -> TrainState:
-    """A fresh state on all devices of the mesh: parameters drawn from `seed` (or those given) and zero moments.
+    """A fresh state, laid out over the mesh: parameters drawn from `seed` (or those given) and zero moments.
 
-    Given parameters, a checkpoint's, take the dtypes that the configuration asks for.
+    Given parameters, a checkpoint's, take the dtypes that the configuration asks for. Every device makes its own part;
+    nothing is whole anywhere on the way.
 
     Raises:
         UserError: `params` are those of another model.
@@ -54,9 +56,21 @@ def init_state(
             params = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), given, _wanted_params(config))
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), run_key)
 
+    laid_out = placed(mesh, state_specs(config, optimizer))
     if params is not None:
         check_params(params, config)
-    return jax.jit(fresh, out_shardings=replicated(mesh))(params)
+        params = jax.device_put(params, laid_out.params)
+    return jax.jit(fresh, out_shardings=laid_out)(params)
+
+
+def state_specs(config: ModelConfig, optimizer: optax.GradientTransformation) -> Any:
+    """The PartitionSpec of every array of a state: moments lie where their parameters do."""
+    params = transformer.parameter_specs(config)
+    shapes = jax.eval_shape(optimizer.init, _wanted_params(config))
+    moments: Any = optax.tree.map_params(
+        optimizer, lambda _, spec: spec, shapes, params, transform_non_params=lambda _: P()
+    )
+    return TrainState(params, moments, P(), P())  # pyright: ignore[reportArgumentType]  # specs in place of arrays
 
 
 def check_params(params: Params, config: ModelConfig) -> None:

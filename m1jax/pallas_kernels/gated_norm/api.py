@@ -64,6 +64,18 @@ def gated_norm(
     return IMPLEMENTATIONS[implementation].forward(o_MX, gate_MX, scale_X, square_M, eps)
 
 
+def gated_norm_of_parts(
+    o_MX: jax.Array, gate_MX: jax.Array, scale_X: jax.Array, eps: float, axis: str, width: int
+) -> jax.Array:
+    """Return `gated_norm` where every device along the mesh axis `axis` has other X of `width` columns.
+
+    Plain JAX: the sum of squares is everybody's, so no kernel can hold a row.
+    """
+    o_wide_MX = xla.wide(o_MX)
+    square_M1 = jax.lax.psum(jnp.sum(o_wide_MX**2, axis=1, keepdims=True), axis)
+    return xla.value(o_wide_MX, xla.wide(gate_MX), xla.wide(scale_X), square_M1 / width, eps).astype(gate_MX.dtype)
+
+
 def _why_not(implementation, *arrays):
     """Return why an implementation cannot do this, or None."""
     if implementation == "xla":

@@ -65,7 +65,7 @@ def expert_mlp(
 
     Args:
         x_TD: floating [T, D], T > 0.
-        expert_ids_TA: int32 [T, A], each in 0..E-1.
+        expert_ids_TA: int32 [T, A]; one that is none of 0..E-1 is of no expert here, and adds nothing.
         combine_weights_TA: floating [T, A], float32 from `route`.
         w_gate_EDF, w_up_EDF: [E, D, F] in the dtype of x.
         w_down_EFD: [E, F, D] in the dtype of x.

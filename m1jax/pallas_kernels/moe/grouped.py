@@ -130,7 +130,7 @@ def _backward(device, kept, dy_TD):
     dw_gate_EDF, dw_up_EDF = device.contract(layout, x_SD, (dgate_SF, dup_SF), w_gate_EDF.dtype)
     (dw_down_EFD,) = device.contract(layout, weighed_SF, (dy_SD,), w_down_EFD.dtype)
     dx_TD = sum_of_rows(dx_SD.astype(jnp.float32), layout).astype(x_TD.dtype)
-    dcombine_TA = dcombine_S.at[layout.slot_TA].get(mode="promise_in_bounds").astype(combine_weights_TA.dtype)
+    dcombine_TA = dcombine_S.at[layout.slot_TA].get(mode="fill", fill_value=0).astype(combine_weights_TA.dtype)
     return dx_TD, None, dcombine_TA, dw_gate_EDF, dw_up_EDF, dw_down_EFD
 
 

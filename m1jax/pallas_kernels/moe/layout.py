@@ -25,7 +25,7 @@ import jax.numpy as jnp
 class Layout(NamedTuple):
     """Where every row is: int32 arrays."""
 
-    slot_TA: jax.Array  # [T, A], index of the row's slot among all S = G C
+    slot_TA: jax.Array  # [T, A], index of the row's slot among all S = G C; S for a row without an expert
     rows_GC: jax.Array  # [G, C], index t A + a of the slot's row; R in an empty slot, which no array of rows has
     begin_E: jax.Array  # [E], first block of each expert
     end_E: jax.Array  # [E], the block behind its last one that holds rows
@@ -36,7 +36,8 @@ class Layout(NamedTuple):
 def layout_of(expert_ids_TA: jax.Array, num_experts: int, block: int, *, visit_all: bool = False) -> Layout:
     """Return the layout of the selected experts in blocks of C = `block` slots.
 
-    Equal ids give an equal layout, and the rows of an expert are in the order of tokens. With `visit_all` an expert
+    Equal ids give an equal layout, and the rows of an expert are in the order of tokens. A row whose id is none of
+    0..E-1 lies nowhere. With `visit_all` an expert
     without rows has one block, an empty one, so that what is written block by block is written for it too.
     """
     (T, A), E, C = expert_ids_TA.shape, num_experts, block
@@ -50,7 +51,8 @@ def layout_of(expert_ids_TA: jax.Array, num_experts: int, block: int, *, visit_a
     ends_E = jnp.cumsum(jnp.maximum(filled_E, 1) if visit_all else filled_E)
     begin_E = jnp.concatenate([jnp.zeros(1, jnp.int32), ends_E[:-1]])
     slot_R = jnp.sum(jnp.where(mine_RE, begin_E * C + counted_RE - 1, 0), axis=1, dtype=jnp.int32)
-    rows_S = jnp.full(G * C, R, jnp.int32).at[slot_R].set(jnp.arange(R, dtype=jnp.int32), unique_indices=True)
+    slot_R = jnp.where(mine_RE.any(axis=1), slot_R, G * C)
+    rows_S = jnp.full(G * C, R, jnp.int32).at[slot_R].set(jnp.arange(R, dtype=jnp.int32), mode="drop")
     expert_G = jnp.minimum(jnp.sum(ends_E <= jnp.arange(G)[:, None], axis=1, dtype=jnp.int32), E - 1)
     live_G = jnp.clip(count_E[expert_G] - (jnp.arange(G) - begin_E[expert_G]) * C, 0, C)
     return Layout(
@@ -66,7 +68,7 @@ def tokens_of(x_TD: jax.Array, rows_X: jax.Array, layout: Layout) -> jax.Array:
 def sum_of_rows(slots_SD: jax.Array, layout: Layout, combine_weights_TA: jax.Array | None = None) -> jax.Array:
     """Return [T, D], the (weighted) sum of each token's A slots, always added in the same order."""
     # One gather per a: XLA on CPU runs a gather of [T, A, D] and its sum four times slower.
-    rows = [slots_SD.at[slot_T].get(mode="promise_in_bounds") for slot_T in layout.slot_TA.T]
+    rows = [slots_SD.at[slot_T].get(mode="fill", fill_value=0) for slot_T in layout.slot_TA.T]
     if combine_weights_TA is not None:
         rows = [combine_T[:, None] * row_TD for combine_T, row_TD in zip(combine_weights_TA.T, rows, strict=True)]
     return reduce(jnp.add, rows)

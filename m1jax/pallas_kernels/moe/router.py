@@ -1,5 +1,7 @@
 """The router: which experts a token goes to, how much each counts, its two losses, and what it tells of itself."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -57,7 +59,12 @@ def replay(logits_TE: jax.Array, expert_ids_TA: jax.Array, recorded_TA: jax.Arra
     return ids_TA, jax.nn.softmax(jnp.stack([at(id_T) for id_T in ids_TA.T], axis=1))
 
 
-def balance_loss(logits_TE: jax.Array, expert_ids_TA: jax.Array, live_T: jax.Array | None = None) -> jax.Array:
+def balance_loss(
+    logits_TE: jax.Array,
+    expert_ids_TA: jax.Array,
+    live_T: jax.Array | None = None,
+    total: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> jax.Array:
     """Return the load-balancing loss E * sum_e f_e P_e, a scalar; perfect balance gives A.
 
     f_e is the share of tokens that expert e serves, summed over the A slots, P_e its mean probability over tokens
@@ -68,14 +75,15 @@ def balance_loss(logits_TE: jax.Array, expert_ids_TA: jax.Array, live_T: jax.Arr
         logits_TE: [T, E], what `route` was given.
         expert_ids_TA: int32 [T, A], what it returned.
         live_T: bool [T], False on padding. None: all live.
+        total: a sum over tokens here to the sum over those of all devices that share the batch, whose balance it is.
     """
     T, E = logits_TE.shape
     wide = jnp.promote_types(logits_TE.dtype, jnp.float32)
     live_T = jnp.ones(T, wide) if live_T is None else live_T.astype(wide)
-    share_T = live_T / jnp.maximum(live_T.sum(), 1)
+    share_T = live_T / jnp.maximum(total(live_T.sum()), 1)
     served_TE = (expert_ids_TA[:, :, None] == jnp.arange(E)).sum(1)
-    f_E = jnp.einsum("t,te->e", share_T, served_TE)
-    P_E = jnp.einsum("t,te->e", share_T, jax.nn.softmax(logits_TE.astype(wide)))
+    f_E = total(jnp.einsum("t,te->e", share_T, served_TE))
+    P_E = total(jnp.einsum("t,te->e", share_T, jax.nn.softmax(logits_TE.astype(wide))))
     return E * jnp.sum(f_E * P_E)
 
 
@@ -98,7 +106,11 @@ SMALL_MARGIN = 1e-4
 
 
 def routing_sums(
-    logits_TE: jax.Array, own_TA: jax.Array, expert_ids_TA: jax.Array, live_T: jax.Array
+    logits_TE: jax.Array,
+    own_TA: jax.Array,
+    expert_ids_TA: jax.Array,
+    live_T: jax.Array,
+    total: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> dict[str, jax.Array]:
     """Return what a router did, as sums over live tokens: those of two parts of a batch add up to those of the whole.
 
@@ -110,6 +122,7 @@ def routing_sums(
         own_TA: int32 [T, A], what it returned.
         expert_ids_TA: int32 [T, A], the experts that served: `own_TA`, or what `replay` returned.
         live_T: bool [T], False on padding.
+        total: of `balance_loss`.
 
     Returns:
         tokens: int32 [], live tokens.
@@ -132,6 +145,6 @@ def routing_sums(
         "expert_tokens": jnp.sum(served_TE & live_T1, axis=0, dtype=jnp.int32),
         "entropy": jnp.sum(jnp.where(live_T, entropy_T, 0)),
         "small_margins": jnp.sum((margin_T < SMALL_MARGIN) & live_T, dtype=jnp.int32),
-        "balance_loss": balance_loss(logits_TE, expert_ids_TA, live_T) * tokens,
+        "balance_loss": balance_loss(logits_TE, expert_ids_TA, live_T, total) * tokens,
         "z_loss": z_loss(logits_TE, live_T) * tokens,
     }

@@ -111,7 +111,8 @@ def _bwd(saved, dy_TD):
     slots = jnp.zeros((layout.rows_GC.size, x_TD.shape[1]), _wide(x_TD)), jnp.zeros(layout.rows_GC.size, _wide(x_TD))
     (dx_SD, dcombine_S), dweights = jax.lax.scan(one_expert, slots, (layout.begin_E, layout.end_E, *weights))
     dx_TD = sum_of_rows(dx_SD, layout).astype(x_TD.dtype)
-    return dx_TD, None, dcombine_S[layout.slot_TA].astype(combine_weights_TA.dtype), *dweights
+    dcombine_TA = dcombine_S.at[layout.slot_TA].get(mode="fill", fill_value=0)
+    return dx_TD, None, dcombine_TA.astype(combine_weights_TA.dtype), *dweights
 
 
 _in_blocks.defvjp(_fwd, _bwd)

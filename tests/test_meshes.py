@@ -1,0 +1,165 @@
+"""Over every mesh the numbers of one device: losses, gradients, metrics, parameters after AdamW, sampled tokens."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m1jax.mesh import AXES, RULES, MeshConfig, axes_of
+from tests.mesh_child import MESHES
+from tests.model import golden
+
+ROOT = Path(__file__).parents[1]
+
+
+ALL = ["supervised", "golden", "adam"]
+A_FEW = ["expert", "fsdp x context x tensor"]
+SOME = ["fsdp", "fsdp x expert x tensor", "data x expert x context"]
+
+
+def on_eight_devices(
+    file: Path, parts: Sequence[str], meshes: Sequence[str], dtype: str = "float32"
+) -> dict[str, dict[str, np.ndarray]]:
+    """`tests.mesh_child`, by mesh."""
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": str(dtype == "float64"),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "tests.mesh_child", str(file), dtype, ",".join(parts), ",".join(meshes)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=900)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, value in np.load(file).items():
+        mesh, _, what = name.partition("|")
+        found.setdefault(mesh, {})[what] = value
+    return found
+
+
+def close(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], head: str, tolerance: float) -> None:
+    """Every tensor to `tolerance` of its norm; numbers of tokens exactly."""
+    names = [name for name in wanted if name.startswith(head)]
+    assert names and names == [name for name in found if name.startswith(head)]
+    for name in names:
+        x, y = found[name], wanted[name]
+        if np.issubdtype(y.dtype, np.integer):
+            np.testing.assert_array_equal(x, y, name)
+        else:
+            assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y), (name, np.linalg.norm(x - y))
+
+
+def check_recorded(found: dict[str, np.ndarray]) -> None:
+    """Loss and gradient of every weight are the reference model's, within what tests/model/test_transformer.py allows."""
+    np.testing.assert_allclose(found["golden|metrics/loss"], golden.numbers()["loss"], rtol=0, atol=1e-5)
+    recorded, names = golden.gradients(), [name for name in found if name.startswith("golden|grads/")]
+    assert names
+    for name in names:
+        node = recorded
+        for key in name.removeprefix("golden|grads/").split("/"):
+            node = node[key]
+        assert np.linalg.norm(found[name] - node) <= 2e-5 * np.linalg.norm(node), name
+
+
+def check_identical(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> None:
+    """Parameters after AdamW: all but the last bit, which XLA on a CPU rounds by whether a number fills a vector.
+
+    Clipped, all are multiplied by one number, that of a norm whose squares are added up in another order.
+    """
+    close(found, wanted, "adam|1/", 1e-7)
+    for name in [name for name in wanted if name.startswith("adam|1e+09/")]:
+        np.testing.assert_array_max_ulp(found[name], wanted[name], 1)
+
+
+def test_over_meshes_the_recorded_gradients_and_identical_updates(tmp_path):
+    found = on_eight_devices(tmp_path / "found.npz", ["golden", "adam"], ["one", *A_FEW])
+    for mesh in A_FEW:
+        check_recorded(found[mesh])
+        close(found[mesh], found["one"], "golden|", 1e-5)
+        check_identical(found[mesh], found["one"])
+
+
+@pytest.fixture(scope="module")
+def over_all(tmp_path_factory):
+    return on_eight_devices(tmp_path_factory.mktemp("meshes") / "all.npz", ALL, ["one", *MESHES])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_loss_gradients_and_updates_are_those_of_one_device(over_all, mesh):
+    """Packed rows that cross the borders of devices; balance and z-losses of the whole batch are in the gradient."""
+    close(over_all[mesh], over_all["one"], "supervised|", 1e-5)
+    close(over_all[mesh], over_all["one"], "golden|", 1e-5)
+    check_recorded(over_all[mesh])
+    check_identical(over_all[mesh], over_all["one"])
+
+
+@pytest.fixture(scope="module")
+def in_float64(tmp_path_factory):
+    file = tmp_path_factory.mktemp("meshes") / "float64.npz"
+    return on_eight_devices(file, ["supervised", "rl"], ["one", *MESHES], "float64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_in_float64_they_agree_to_ten_digits(in_float64, mesh):
+    """The RL update too, with the experts of the engine replayed and compared, and the metrics of gradients.
+
+    Its policy metrics are float32 by the engine's log-probabilities; so is the sample of gradients.
+    """
+    close(in_float64[mesh], in_float64["one"], "supervised|", 1e-10)
+    close(in_float64[mesh], in_float64["one"], "rl|grads", 1e-10)
+    close(in_float64[mesh], in_float64["one"], "rl|metrics", 1e-5)
+
+
+@pytest.mark.slow
+def test_the_engine_samples_the_same(tmp_path):
+    """Rows end early, on some devices before others; the tokens, lengths and experts are equal all the same."""
+    every = on_eight_devices(tmp_path / "engine.npz", ["engine"], ["one", *SOME])
+    wanted = every["one"]
+    assert wanted["engine|lengths"].min() < wanted["engine|lengths"].max()
+    for found in (every[mesh] for mesh in SOME):
+        for what in ("ids", "lengths", "experts"):
+            np.testing.assert_array_equal(found[f"engine|{what}"], wanted[f"engine|{what}"])
+        np.testing.assert_allclose(found["engine|logprobs"], wanted["engine|logprobs"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_memory_falls_with_what_is_dealt_out(tmp_path):
+    """By the compiler: bytes of a device that holds state, and all of them while it computes."""
+    found = on_eight_devices(tmp_path / "memory.npz", ["memory"], ["one"])["memory"]
+    for axis, state, peak in (("fsdp", 0.13, 0.3), ("tensor", 0.13, 0.2), ("expert", 0.25, 0.3)):
+        assert found[f"{axis}/state"] < state * found["data/state"], axis
+        assert found[f"{axis}/peak"] < peak * found["data/peak"], axis
+
+
+# -- the table ---------------------------------------------------------------------------------------------------
+
+
+def test_no_two_dimensions_of_a_parameter_lie_along_one_axis():
+    assert axes_of(("embed", "heads", None, "head_dim")) == ("fsdp", "tensor", None, None)
+    with pytest.raises(ValueError, match="'heads' and 'mlp' of one parameter both lie along 'tensor'"):
+        axes_of(("heads", "embed", "mlp"))
+    with pytest.raises(ValueError, match="'width' is not in the table"):
+        axes_of(("width",))
+    assert set(RULES.values()) <= {*AXES, None}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "message"),
+    [
+        (dict(data=2, tensor=2), 8, "data 2 x tensor 2 makes 4 devices, and there are 8"),
+        (dict(fsdp=3), 8, "fsdp 3 is for a multiple of 3 devices, and there are 8"),
+        (dict(data=1), 8, "1 device makes 1 devices, and there are 8"),
+    ],
+)
+def test_devices_that_cannot_be_laid_out_are_refused(sizes, devices, message):
+    with pytest.raises(ValueError, match=message):
+        MeshConfig(**sizes).on(devices)
+
+
+def test_the_open_axis_takes_what_is_left():
+    assert MeshConfig(fsdp=2).on(8).sizes == dict(data=4, fsdp=2, expert=1, context=1, tensor=1)
+    assert MeshConfig(data=1, fsdp=0, tensor=2).on(8).fsdp == 4
