@@ -3,8 +3,8 @@
     python -m experiments.train_rl --config=configs/rl_tiny_cpu.py[:smoke] --workdir=DIR [--init_from=CHECKPOINT]
                                    [--config.loss=dapo] [--config.loss.weight_cap=5] [--config.name=VALUE ...]
 
-    exit code  0   done                                 75   SIGTERM, or no rollout server is left: saved, a scheduler
-               1   a number was not finite                   may start it again
+    exit code  0   done                                 75   SIGTERM, or no rollout server is left: saved; or a host is
+               1   a number was not finite                   lost: a scheduler may start it again
                2   a mistake of the user's, in one line 130  Ctrl-C: saved
 
 A config file is Python with `get_config([argument])` that returns an `ml_collections.ConfigDict` of plain values.
@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 from ml_collections import ConfigDict
 
 from m1jax.config import build
-from m1jax.errors import EngineLost, NonFinite, UserError
+from m1jax.errors import EngineLost, HostLost, NonFinite, UserError
 from m1jax.model.config import ModelConfig
 from m1jax.train.interrupt import Interrupted
 
@@ -69,7 +69,47 @@ def run(
         add_flags: adds the entry point's own flags, which come as `Arguments.more`.
     """
     argv = sys.argv[1:]
-    sys.exit(guard(lambda: main(parse(argv, add_flags)), _command(argv), memory))
+
+    def body() -> None:
+        arguments = parse(argv, add_flags)
+        join_hosts()
+        main(arguments)
+
+    code = guard(body, _command(argv), memory)
+    if code and os.environ.get(PROCESSES):
+        os._exit(code)  # the way out of a job is to wait for all the others, and one of them may be gone
+    sys.exit(code)
+
+
+PROCESSES, PROCESS = "M1JAX_PROCESSES", "M1JAX_PROCESS"
+"""Set by the scripts in launch/: how many processes there are ("auto" where the scheduler knows), and which this is."""
+
+
+def join_hosts() -> None:
+    """Become one process of a job, where a launch script says that this is one: before anything asks for devices."""
+    count = os.environ.get(PROCESSES)
+    if not count:
+        return
+    import jax
+
+    jax.config.update(
+        "jax_enable_recoverability", True
+    )  # a host that is lost ends the job by our line, not by an abort
+    asked: dict[str, Any] = {}
+    if count != "auto":
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+        process = os.environ.get(PROCESS, "")
+        if not (count.isdecimal() and process.isdecimal() and address):
+            raise UserError(
+                f"{PROCESSES}={count!r}, {PROCESS}={process!r}, JAX_COORDINATOR_ADDRESS={address!r}: a job of several "
+                f"processes needs all three; start it by a script of launch/"
+            )
+        asked = {"num_processes": int(count), "process_id": int(process), "local_device_ids": None}
+    try:
+        jax.distributed.initialize(**asked, heartbeat_timeout_seconds=300)
+    except (RuntimeError, ValueError) as error:
+        told = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"the processes of this job did not find each other: {told}") from error
 
 
 def exit_with(main: Callable[[list[str]], None], memory: str = MICRO_BATCH, uses_jax: bool = True) -> NoReturn:
@@ -94,6 +134,8 @@ def guard(body: Callable[[], None], resume: str = "", memory: str = MICRO_BATCH,
     except Interrupted as stop:
         said = f"{stop.reason}; saved" if stop.reason else "stopped and saved"
         return _say(f"{said}; resume with: {resume}", stop.exit_code)
+    except HostLost as lost:
+        return _say(f"error: {lost}; start again with: {resume}", 75)
     except EngineLost as lost:  # at a start, where there is nothing to save yet
         return _say(f"{lost}; start again with: {resume}", 75)
     except KeyboardInterrupt:

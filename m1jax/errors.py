@@ -40,6 +40,13 @@ def require_finite(step: int, stage: str, metrics: Mapping[str, float]) -> None:
             raise NonFinite(step, stage, name)
 
 
+class HostLost(RuntimeError):
+    """One of the processes of a job is gone or stuck: the others cannot go on, and end with exit code 75.
+
+    Its message is one line that names the host.
+    """
+
+
 class EngineLost(RuntimeError):
     """Nothing generates any more, and not for a fault of ours: the run saves and exits with code 75.
 

@@ -189,4 +189,4 @@ def compute(dtype: str, parts: list[str], names: list[str]) -> dict[str, np.ndar
 
 if __name__ == "__main__":
     file, dtype, parts, names = sys.argv[1:]
-    np.savez(file, **compute(dtype, parts.split(","), names.split(",")))  # pyright: ignore[reportArgumentType]
+    np.savez(file, **compute(dtype, parts.split(","), names.split(";")))  # pyright: ignore[reportArgumentType]

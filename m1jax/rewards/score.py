@@ -43,6 +43,17 @@ class Scores:
         return {"reward/format": float(self.format.mean()) if len(self.format) else 0.0, **shares}
 
 
+def interleaved(parts: Sequence[Scores]) -> Scores:
+    """Scores of responses that were dealt out like cards: the first part has those of number 0, n, 2 n, ..."""
+    total, n = sum(len(part.rewards) for part in parts), len(parts)
+    arrays = {name: np.zeros(total, np.float32) for name in ("rewards", "correct", "format")}
+    for i, part in enumerate(parts):
+        for name, array in arrays.items():
+            array[i::n] = getattr(part, name)
+    outcomes = sum((Counter(part.outcomes) for part in parts), Counter())
+    return Scores(**arrays, outcomes=dict(outcomes))
+
+
 def score_responses(
     grader: Grader,
     tasks: Mapping[str, Task],

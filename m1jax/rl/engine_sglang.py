@@ -42,6 +42,7 @@ from m1jax.rl.servers.settings import ServersConfig
 from m1jax.rl.servers.weights import Published, new_label, prune, publish
 from m1jax.types import HELDOUT_INDEX, Ending, Params, Prompt, Rollout, Sampling
 from m1jax.weights.hf_config import to_hf
+from m1jax.weights.hf_names import HFTensor
 
 LEAVE_S = 5.0
 """Seconds for the last event of an answer that was aborted."""
@@ -148,6 +149,7 @@ class SGLangEngine:
     ):
         self.config, self.model, self.stop_ids = config, model, frozenset(stop_ids)
         self.weights, self.files, self.record_experts, self.log = weights, files, record_experts, log
+        self.read: Callable[[Params, HFTensor], np.ndarray] | None = None  # of `publish`
         self.counts: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
         self._versions: dict[str, int] = {}
@@ -177,7 +179,9 @@ class SGLangEngine:
         start = time.perf_counter()
         label = new_label(version)
         self.weights.mkdir(parents=True, exist_ok=True)
-        published = publish(self.weights, params, self.model, version, label, self.config.weights_dtype, self.files)
+        published = publish(
+            self.weights, params, self.model, version, label, self.config.weights_dtype, self.files, self.read
+        )
         self._versions[label] = version
         self._wait([self._run(self._take_up(published))])
         prune(self.weights, reading=self.pool.reading)

@@ -21,6 +21,7 @@ from m1jax.rl.monitors import rollout_metrics, update_metrics
 from m1jax.rl.run import Run, open_run
 from m1jax.rl.settings import RLConfig
 from m1jax.sharding import deal
+from m1jax.train.hosts import anywhere
 from m1jax.train.interrupt import Interrupted, StopSignal
 from m1jax.train.report import RunResult, load_run
 from m1jax.types import Engine, Params
@@ -52,8 +53,10 @@ def train(
             evaluate(run)
         if run.unrecorded is not None:
             finish_step(run, run.unrecorded)
-        while run.step < config.steps and not stop.requested:
+        while run.step < config.steps and not anywhere(stop.requested is not None):
             generation = collect(run)  # prompts, rollouts, rewards; more prompts with dynamic sampling
+            if anywhere(stop.requested is not None):
+                break  # what was asked is asked again: an update and the rest of the step may take too long
             run.prompts.done(generation.again)
             run.prompts.ask_ahead(run.step, config.steps)  # with a staleness above 0, to be answered meanwhile
             with run.clock.stage("batch"):
@@ -78,7 +81,7 @@ def train(
             finish_step(run, run.unrecorded)
         run.save()
         if run.step < config.steps:
-            raise Interrupted(stop.exit_code)
+            raise Interrupted(stop.exit_code or 75)  # where only another process was asked to stop
         run.finish()
     return load_run(workdir)
 

@@ -28,20 +28,21 @@ from m1jax.errors import NonFinite, UserError
 from m1jax.model.kernels import check_kernels
 from m1jax.model.transformer import parameter_specs
 from m1jax.rewards.grader import Grader
-from m1jax.rewards.score import score_responses
+from m1jax.rewards.score import interleaved, score_responses
 from m1jax.rl import engine_local
 from m1jax.rl.ahead import Ahead
 from m1jax.rl.batch import make_batch, of_responses
 from m1jax.rl.engine_local import LocalEngine
 from m1jax.rl.engine_sglang import SGLangEngine
 from m1jax.rl.evaluate import Answered
+from m1jax.rl.led import LedPrompts, led
 from m1jax.rl.prompts import PromptSource, Tokenize, heldout_prompts
 from m1jax.rl.recorded import ROLLOUTS, ReplayEngine, file_name, save_rollouts
 from m1jax.rl.settings import RewardConfig, RLConfig
 from m1jax.rl.shaping import by_ending, kl_sums, overlong
 from m1jax.rl.update import make_frozen_logprobs, make_update
 from m1jax.sharding import check_rows, deal, make_mesh, on_mesh, placed, to_host
-from m1jax.train import report
+from m1jax.train import hosts, report
 from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
 from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
@@ -118,8 +119,11 @@ class Scorer:
         if not all(np.isfinite(r.rollout_logprobs).all() for group in rollouts for r in group):
             raise NonFinite(step, "rollout", "a log-probability")
         problems = [p.problem for p, group in zip(prompts, rollouts, strict=True) for _ in group]
-        reward = self.reward
-        scored = score_responses(self.grader, self.tasks, problems, self._texts(rollouts), reward.format_weight)
+        reward, texts = self.reward, self._texts(rollouts)
+        # Each process judges a share, and all go on with everybody's verdicts: a verifier need not say the same twice.
+        share = slice(jax.process_index(), None, jax.process_count())
+        scored = score_responses(self.grader, self.tasks, problems[share], texts[share], reward.format_weight)
+        scored = interleaved(hosts.exchange(scored))
         metrics = scored.metrics()
         unscored = metrics["reward/unscored"] / max(1 - metrics["reward/no_answer"], 1e-9)
         if unscored > reward.max_unscored_share:
@@ -174,7 +178,7 @@ class Run:
     config: RLConfig
     folder: Path
     mesh: Mesh
-    prompts: Ahead
+    prompts: Ahead | LedPrompts
     heldout: list[Prompt]
     scorer: Scorer
     engine: Engine
@@ -210,7 +214,7 @@ class Run:
         config = self.config
         with self.clock.stage("rollout"):
             prompts, rollouts = self.prompts.take(count, self.step)
-        if config.rollout.save:
+        if config.rollout.save and hosts.is_first():
             path = file_name(self.folder / ROLLOUTS, self.step, prompts[0].index)
             save_rollouts(path, prompts, rollouts, config.sampling.temperature)
         if config.rollout.router_replay != "off":
@@ -264,7 +268,7 @@ class Run:
             metrics["time/tokens_per_second"] = tokens / max(sum(lap.values()) - lap.get("compile", 0.0), 1e-9)
         metrics["time/cpu"], self.cpu = cpu - self.cpu, cpu
         metrics["time/compiles"] = self.clock.compiles
-        self.pending = {}
+        self.pending, self.clock.step = {}, self.step
         self.sinks.write(self.step, metrics)
 
     def note_engine(self) -> None:
@@ -288,6 +292,9 @@ class Run:
     def finish(self) -> None:
         """Write summary.json, samples.md and curves.png from what was recorded."""
         self.checkpoints.wait()
+        hosts.from_first(self._write_outcome)
+
+    def _write_outcome(self) -> None:
         by_index = {p.index: p.problem for p in self.heldout}
         majority = {
             task: majority_share([p for p in by_index.values() if p.task == task]) for task in self.outcome["heldout"]
@@ -460,6 +467,11 @@ def open_run(
     if engine is not None and config.servers is not None:
         raise UserError("config.servers: stands in for an engine, and one was given; leave one of the two out")
     if engine is None and not config.rollout.replay and config.servers is None:
+        if config.rollout.staleness and jax.process_count() > 1:
+            raise UserError(
+                f"config.rollout.staleness: {config.rollout.staleness}, and the engine of {jax.process_count()} "
+                f"processes is busy with one thing at a time; choose 0, or rollout servers"
+            )
         check_rows(config.rollout.engine_rows, "config.rollout.engine_rows", mesh, engine_local.ROWS)
         prompts = config.rollout.engine_rows // config.rollout.responses
         check_rows(prompts, "config.rollout.engine_rows / responses", mesh, engine_local.ROWS)
@@ -480,12 +492,14 @@ def open_run(
     optimizer = make_optimizer(config.optimizer)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     # After everything that a user may have to mend in the config.
-    report.claim_run_folder(folder, config, apart=("servers", "mesh"))
-    save_tokenizer(config.tokenizer, folder / HUGGINGFACE)
+    hosts.preflight(folder, to_dict(config))
+    hosts.from_first(lambda: report.claim_run_folder(folder, config, apart=("servers", "mesh", "hosts")))
+    hosts.from_first(lambda: save_tokenizer(config.tokenizer, folder / HUGGINGFACE))
     reference = None
     with ExitStack() as stack:
         clock = Clock()
         stack.callback(clock.close)
+        stack.enter_context(hosts.watched(folder, config.hosts, clock))
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint.keep, log))
         if config.loss.kl_coefficient:
             reference = open_reference(config, folder, state.params, mesh, log)
@@ -502,21 +516,31 @@ def open_run(
                 TensorBoardSink(folder / "tensorboard", resume_step=recorded if restored is not None else None),
                 ConsoleSink(config.steps, step),
             ]
+            if hosts.is_first()
+            else []
         )
         stack.callback(sinks.close)
         scorer = stack.enter_context(open_scorer(config, questions))
+        rollout, position = config.rollout, (meta.get("cursor", 0), meta.get("carried", ()))
+
+        def ahead(engine: Engine) -> Ahead:
+            prompts = Ahead(
+                engine, source, config.sampling, noise_seed(state.key), rollout.prompts, rollout.responses,
+                rollout.staleness, rollout.unfinished, *position,
+            )  # fmt: skip
+            stack.callback(prompts.close)
+            return prompts
+
         if engine is None and config.servers is not None:
-            engine = server_engine(config, questions, folder, log)
-            stack.callback(engine.close)
-        elif engine is None:
-            engine = local_engine(config, questions, mesh)
-            stack.callback(engine.close)
-        rollout = config.rollout
-        prompts = Ahead(
-            engine, source, config.sampling, noise_seed(state.key), rollout.prompts, rollout.responses,
-            rollout.staleness, rollout.unfinished, meta.get("cursor", 0), meta.get("carried", ()),
-        )  # fmt: skip
-        stack.callback(prompts.close)
+            servers = server_engine(config, questions, folder, log) if hosts.is_first() else None
+            if servers is not None:
+                stack.callback(servers.close)
+            engine, prompts = led(servers, config.model, ahead)
+        else:
+            if engine is None:
+                engine = local_engine(config, questions, mesh)
+                stack.callback(engine.close)
+            prompts = ahead(engine)
         engine.set_weights(state.params, step)
         update = make_update(
             config.model, config.loss, optimizer, mesh,

@@ -13,6 +13,7 @@ from m1jax.rl.batch import BatchShape, UpdateConfig
 from m1jax.rl.loss import LossConfig
 from m1jax.rl.servers.settings import ServersConfig
 from m1jax.rl.shaping import ENDING_POLICIES
+from m1jax.train.hosts import HostsConfig
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.router import NO_AUXILIARY_LOSS, RouterConfig, check_router
 from m1jax.train.settings import CheckpointConfig
@@ -180,6 +181,7 @@ class RLConfig:
         router: what the experts' routers are trained on beside the objective; nothing by default.
         servers: SGLang servers that sample in place of the local engine; None samples in this process.
         mesh: how devices share the work; by default each has all parameters and its own rows.
+        hosts: when a job of several processes gives up.
     """
 
     seed: int
@@ -201,6 +203,7 @@ class RLConfig:
     router: RouterConfig = NO_AUXILIARY_LOSS
     servers: ServersConfig | None = None
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
 
     def __post_init__(self):
         object.__setattr__(self, "model", dataclasses.replace(self.model, kernels=self.kernels, mesh=self.mesh))

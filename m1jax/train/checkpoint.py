@@ -9,7 +9,10 @@
 
 A folder gets its final name by one rename, after everything in it is on disk; so a name of digits means a whole
 checkpoint, and the manifest finds what went wrong with the disk afterwards. This file does not know what a model is:
-any tree of arrays will do, NumPy arrays and typed PRNG keys included. It knows one host.
+any tree of arrays will do, NumPy arrays and typed PRNG keys included.
+
+Where several processes share a folder each writes and reads what its devices hold; the first seals, names and deletes,
+and the others wait for it, so that a save is not in the background then.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from m1jax.errors import UserError
+from m1jax.train.hosts import from_first
 from m1jax.types import Params
 
 STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
@@ -52,11 +56,15 @@ class Checkpoints:
         if keep < 1:
             raise UserError(f"keep: {keep} checkpoints cannot resume a run; keep at least 1")
         self._dir, self._keep, self._log = Path(directory).absolute(), keep, log
-        self._dir.mkdir(parents=True, exist_ok=True)
         self._orbax = ocp.StandardCheckpointer()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        _tidy(self._dir)
+
+        def open_folder() -> None:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            _tidy(self._dir)
+
+        from_first(open_folder)
 
     def save(self, step: int, tree: Any, meta: Mapping[str, Any], wait: bool = False) -> None:
         """Write `tree` and `meta` as the checkpoint of `step`, replacing one of the same step.
@@ -69,11 +77,20 @@ class Checkpoints:
         self.wait()
         meta = json.loads(json.dumps(meta))  # here, so that what is not JSON fails with the caller's traceback
         staging = self._dir / f"{_SAVING}{step:08d}"
-        shutil.rmtree(staging, ignore_errors=True)
+        from_first(lambda: shutil.rmtree(staging, ignore_errors=True))
         try:
             self._orbax.save(staging / STATE, jax.tree.map(_array, tree))
         except Exception as error:
             raise self._failure(error, staging) from error
+        if jax.process_count() > 1:
+            self._orbax.wait_until_finished()
+
+            def finish() -> None:
+                self._finish(step, staging, meta)
+                self.wait()
+
+            from_first(finish)
+            return
         self._thread = threading.Thread(target=self._finish, args=(step, staging, meta), name=f"save-{step}")
         self._thread.start()
         if wait:
@@ -100,11 +117,19 @@ class Checkpoints:
             UserError: only damaged checkpoints are left, or the checkpoint has other shapes than `abstract_tree`.
         """
         self.wait()
+        step = from_first(self._newest_good)
+        if step is None:
+            return None
+        folder = self._dir / f"{step:08d}"
+        return step, _restore(self._orbax, folder, abstract_tree), read_meta(folder)
+
+    def _newest_good(self) -> int | None:
+        """Step of the newest good checkpoint; damaged ones are put aside."""
         for step in reversed(steps(self._dir)):
             folder = self._dir / f"{step:08d}"
             damage = find_damage(folder)
             if damage is None:
-                return step, _restore(self._orbax, folder, abstract_tree), read_meta(folder)
+                return step
             aside = _free_name(folder.with_name(folder.name + _DAMAGED))
             folder.rename(aside)
             self._log(f"checkpoint of step {step} is damaged ({damage}): kept as {aside.name}, trying the one before")

@@ -15,12 +15,13 @@ class Clock:
 
     JAX reports each such span when it ends; spans nest (a trace inside a trace), so the union of them is what counts.
     `compiles` is the number of programs that were compiled, or read from the compilation cache, so far: within a run it
-    stands still after the first steps.
+    stands still after the first steps. `running` and `step` are for who watches: the stage of now, and what the loop
+    last said.
     """
 
     def __init__(self):
         self.seconds: dict[str, float] = defaultdict(float)
-        self.compiles = 0
+        self.compiles, self.running, self.step = 0, "starting", 0
         self._spans: list[tuple[float, float]] = []
         jax.monitoring.register_event_duration_secs_listener(self._on_span)
 
@@ -28,6 +29,7 @@ class Clock:
     def stage(self, name: str) -> Iterator[None]:
         """Time a block; stages do not nest."""
         self._spans, start = [], time.monotonic()
+        self.running = name
         try:
             yield
         finally:
@@ -38,6 +40,7 @@ class Clock:
                 covered = max(covered, high)
             self.seconds["compile"] += compiling
             self.seconds[name] += end - start - compiling
+            self.running = "between stages"
 
     def lap(self) -> dict[str, float]:
         """Seconds by stage since the last lap."""

@@ -32,9 +32,10 @@ from m1jax.model.config import KernelConfig, ModelConfig
 from m1jax.model.kernels import check_kernels
 from m1jax.model.transformer import parameter_specs
 from m1jax.sharding import check_rows, deal, make_mesh, on_mesh, placed
-from m1jax.train import report
+from m1jax.train import hosts, report
 from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
+from m1jax.train.hosts import HostsConfig
 from m1jax.train.interrupt import Interrupted, StopSignal
 from m1jax.train.metrics import ConsoleSink, JsonlSink, Sinks, TensorBoardSink
 from m1jax.train.next_token import TokenBatch, make_supervised_update
@@ -84,6 +85,7 @@ class SFTConfig:
         init_from: run or checkpoint folder to start from; "" starts from random parameters.
         kernels: who computes attention and the experts.
         mesh: how devices share the work; by default each has all parameters and its own rows.
+        hosts: when a job of several processes gives up.
         router: what the experts' routers are trained on beside the text; a dense model has to set both weights to 0.
     """
 
@@ -102,6 +104,7 @@ class SFTConfig:
     init_from: str = ""
     kernels: KernelConfig = KernelConfig()
     mesh: MeshConfig = MeshConfig()
+    hosts: HostsConfig = HostsConfig()
     router: SupervisedRouterConfig = SupervisedRouterConfig()
 
     def __post_init__(self):
@@ -205,13 +208,15 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     update = make_supervised_update(config.model, optimizer, mesh, router=config.router)
     # After everything that a user may have to mend in the config.
-    report.claim_run_folder(folder, config, apart=("mesh",))
-    save_tokenizer(config.tokenizer, folder / HUGGINGFACE)
+    hosts.preflight(folder, to_dict(config))
+    hosts.from_first(lambda: report.claim_run_folder(folder, config, apart=("mesh", "hosts")))
+    hosts.from_first(lambda: save_tokenizer(config.tokenizer, folder / HUGGINGFACE))
     step, cursor, seconds = 0, 0, {}
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         clock = Clock()
         stack.callback(clock.close)
+        stack.enter_context(hosts.watched(folder, config.hosts, clock))
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint.keep, log))
         if (restored := checkpoints.restore_latest(state)) is not None:
             step, state, meta = restored
@@ -230,9 +235,9 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
             JsonlSink(folder / report.METRICS, resume_step=step),
             TensorBoardSink(folder / "tensorboard", resume_step=step if restored else None),
             ConsoleSink(config.steps, step),
-        ])  # fmt: skip
+        ] if hosts.is_first() else [])  # fmt: skip
         stack.callback(sinks.close)
-        while step < config.steps and not stop.requested:
+        while step < config.steps and not hosts.anywhere(stop.requested is not None):
             with clock.stage("batch"):
                 batch, cursor = pack_rows(sequences, cursor, config.rows, config.loss_on)
             with clock.stage("update"):
@@ -241,6 +246,7 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
                 routed = router_metrics(metrics.pop("router"))
                 metrics = {f"train/{name}": float(value) for name, value in metrics.items()} | routed
             step += 1
+            clock.step = step
             require_finite(step, "update", metrics)
             lap = clock.lap()
             seconds = {stage: seconds.get(stage, 0.0) + lap.get(stage, 0.0) for stage in seconds | lap}
@@ -251,9 +257,13 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
                 save()
         save()
         if step < config.steps:
-            raise Interrupted(stop.exit_code)
+            raise Interrupted(stop.exit_code or 75)  # where only another process was asked to stop
         checkpoints.wait()
+        hosts.from_first(lambda: _write_outcome(folder, step, seconds))
+    return report.load_run(folder)
+
+
+def _write_outcome(folder: Path, step: int, seconds: dict[str, float]) -> None:
     rows = report.load_run(folder).metrics
     report.write_json(folder / report.SUMMARY, {"steps": step, "seconds": seconds, "final": rows[-1] if rows else {}})
     report.draw_curves(folder)
-    return report.load_run(folder)

@@ -68,6 +68,7 @@ def publish(
     label: str,
     dtype: str = "",
     files: Path | None = None,
+    read: Callable[[Params, HFTensor], np.ndarray] | None = None,
 ) -> Published:
     """Write `params` as `root/label`, whole or not at all.
 
@@ -75,11 +76,12 @@ def publish(
         params: of `config`, on whatever devices; one leaf at a time comes to the host.
         dtype: of the tensors there, router gates at least float32; "" is that of the parameters.
         files: folder of tokenizer files that go along.
+        read: gets a tensor of parameters that are not all here, as the leaf has it; None reads leaf by leaf.
     """
     start = time.perf_counter()
     config = with_dtype(config, dtype or config.param_dtype)
     staging = root / f".{label}.writing"
-    reader = _Reader(params, config.param_dtype)
+    reader = _Reader(params, config.param_dtype, read)
     try:
         write_hf(staging, config, to_hf(config), reader.read)
         if files is not None and files.is_dir():
@@ -192,18 +194,22 @@ async def _idle(server: Server) -> None:
 class _Reader:
     """Tensors of parameters in memory under their original names; the leaf that was read last stays on the host."""
 
-    def __init__(self, params: Params, dtype: str):
+    def __init__(self, params: Params, dtype: str, read: Callable[[Params, HFTensor], np.ndarray] | None):
         self._params, self._dtype, self._leaf, self._host, self.digest = params, dtype, (), np.zeros(0), 0
+        self._read = read or self._from_leaf
 
     def read(self, tensor: HFTensor) -> np.ndarray:
+        array = tensor.to_theirs(self._read(self._params, tensor)).astype(tensor_dtype(tensor, self._dtype), copy=False)
+        self.digest = zlib.crc32(array.reshape(-1).view(np.uint8).data, self.digest)
+        return array
+
+    def _from_leaf(self, params: Params, tensor: HFTensor) -> np.ndarray:
         if tensor.leaf != self._leaf:
-            node = self._params
+            node = params
             for name in tensor.leaf:
                 node = node[name]
             self._leaf, self._host = tensor.leaf, np.asarray(node)
-        array = tensor.to_theirs(self._host[tensor.index]).astype(tensor_dtype(tensor, self._dtype), copy=False)
-        self.digest = zlib.crc32(array.reshape(-1).view(np.uint8).data, self.digest)
-        return array
+        return self._host[tensor.index]
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,344 @@
+"""The processes of one job, usually one for each host: how they agree, and how they notice that one of them is gone.
+
+All of them run the same program on the same numbers; arrays are shared through JAX's own distributed runtime. What only
+one may do (ask servers, write files) the first does, and the others are told. With one process nothing here waits.
+
+    hosts/00002.json     beside a run: what process 2 is doing, written every second by a thread of its own
+
+A process whose file stands still is gone; one that is busy with another stage than those that wait for it, and too
+long, is stuck. Both end the job with one line that names the host, and an exit code (75) that asks to be started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import platform
+import socket
+import sys
+import threading
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from m1jax.errors import HostLost, UserError
+from m1jax.train.clock import Clock
+
+T = TypeVar("T")
+FOLDER = "hosts"
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """When a job of several processes gives up.
+
+    Attributes:
+        lost_s: seconds without a sign of life after which a process counts as gone.
+        stall_s: seconds after which a stage that nobody leaves counts as stuck; longer than the longest compilation and
+            the longest batch of rollouts take.
+    """
+
+    lost_s: float = 30.0
+    stall_s: float = 7200.0
+
+    def __post_init__(self):
+        for name in ("lost_s", "stall_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: {getattr(self, name)} must be above 0")
+
+
+# -- agreeing ----------------------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def exchange(value: T) -> list[T]:
+    """The values of all processes, in their order. Everybody has to ask, here and below."""
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(pickle.dumps(value), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([data.size], np.int32))).reshape(-1)
+    padded = np.zeros(_room(int(sizes.max())), np.uint8)
+    padded[: data.size] = data
+    everything = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(everything, sizes, strict=True)]
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, which alone calls it; what it raises there is raised everywhere."""
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    value: Any = None
+    error: Exception | None = None
+    data = b""
+    if is_first():
+        try:
+            value = make()
+            data = pickle.dumps((value, None))
+        except Exception as raised:
+            error, data = raised, pickle.dumps((None, _portable(raised)))
+    size = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
+    padded = np.zeros(_room(size), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8)[:size]
+    if not is_first():
+        value, error = pickle.loads(sent.tobytes())
+    if error is not None:
+        raise error
+    return value
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it holds in any process."""
+    return flag if jax.process_count() == 1 else any(exchange(bool(flag)))
+
+
+def _room(size: int) -> int:
+    """The next power of two: messages of every size would each be compiled anew."""
+    return 1 << max(size - 1, 255).bit_length()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself where it survives the way, else a RuntimeError that says the same."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+# -- before a run ------------------------------------------------------------------------------------------------
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "reasoning-gym", "math-verify")
+
+
+def preflight(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse a job whose hosts differ in what has to be alike, or do not see the same run folder.
+
+    Raises:
+        UserError: the first difference, with both hosts' names and values.
+    """
+    if jax.process_count() == 1:
+        return
+    facts = {
+        "Python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "the code of m1jax": f"{_code():08x}",
+        "the config": f"{zlib.crc32(json.dumps(config, sort_keys=True).encode()):08x}",
+        "devices of a process": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}",
+    }
+    everybody = exchange((socket.gethostname(), facts))
+    first, wanted = everybody[0]
+    for number, (host, found) in enumerate(everybody):
+        for name, value in found.items():
+            if value != wanted[name]:
+                raise UserError(
+                    f"host {host} (process {number}): {name} is {value}, on {first} (process 0) it is {wanted[name]}; "
+                    f"install and check out the same on all hosts"
+                )
+    _check_shared(folder, [host for host, _ in everybody])
+
+
+def _check_shared(folder: Path, names: list[str]) -> None:
+    """Every process writes a file, and the first looks for all of them."""
+    token = from_first(lambda: uuid.uuid4().hex[:12])
+    mark = folder / FOLDER / f".{token}-{jax.process_index():05d}"
+    try:
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(token)
+        problem = ""
+    except OSError as error:
+        problem = f"cannot write there ({error.strerror})"
+    problems = exchange(problem)
+    missing = from_first(lambda: [n for n in range(len(names)) if not _appears(folder / FOLDER / f".{token}-{n:05d}")])
+    mark.unlink(missing_ok=True)
+    for number, (host, problem) in enumerate(zip(names, problems, strict=True)):
+        if not problem and number in missing:
+            problem = "writes into another folder of that name"
+        if problem:
+            raise UserError(
+                f"{folder}: host {host} (process {number}) {problem}; give a --workdir that all hosts share"
+            )
+
+
+def _appears(path: Path, seconds: float = 10.0) -> bool:
+    """Whether a file is there, or comes to be soon: a network file system takes a moment."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _code() -> int:
+    """CRC-32 over the sources of the package."""
+    root, crc = Path(__file__).parents[1], 0
+    for file in sorted(root.rglob("*.py")):
+        crc = zlib.crc32(file.read_bytes(), zlib.crc32(str(file.relative_to(root)).encode(), crc))
+    return crc
+
+
+# -- while it runs -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Sign:
+    """What was last heard of a process, by the clock of who listens."""
+
+    host: str = "?"
+    beat: int = -1
+    heard: float = 0.0
+    stage: str = "starting"
+    step: int = 0
+    since: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.host} in {self.stage} of step {self.step}"
+
+
+class Watchdog:
+    """A thread that shows what this process does, and watches the others.
+
+    Args:
+        folder: the run's.
+        config: when to give up.
+        clock: says which stage runs.
+        leave: ends the process where the main thread cannot: it may wait for a host that is gone, for ever.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: HostsConfig,
+        clock: Clock,
+        leave: Callable[[int], None] = os._exit,
+        beat_s: float = 1.0,
+    ):
+        self.config, self.clock, self.leave, self.beat_s = config, clock, leave, beat_s
+        self.folder, self.index, self.count = folder / FOLDER, jax.process_index(), jax.process_count()
+        self.found, self._explaining = "", False
+        self._signs = {n: _Sign(heard=time.monotonic(), since=time.monotonic()) for n in range(self.count)}
+        self._over, self._beat = threading.Event(), 0
+        self._run = from_first(lambda: uuid.uuid4().hex[:8])  # files of an earlier start say nothing of this one
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread; the file says that this process left of itself."""
+        self._over.set()
+        self._thread.join()
+        self._show("gone")
+
+    def explain(self, seconds: float) -> str:
+        """Which process is gone, once that is clear; "" where none turns out to be within `seconds`."""
+        self._explaining, deadline = True, time.monotonic() + seconds
+        while not self.found and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return self.found
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.beat_s):
+            self._show(self.clock.running)
+            self._listen()
+            if self.found:
+                # The main thread gets a moment to come to the same end by an error of its own, and to say more.
+                if not self._over.wait(5.0) and not self._explaining:
+                    print(f"error: {self.found}", file=sys.stderr, flush=True)
+                    self.leave(75)
+                return
+
+    def _show(self, stage: str) -> None:
+        self._beat += 1
+        sign = {"run": self._run, "host": socket.gethostname(), "pid": os.getpid(), "beat": self._beat, "stage": stage}
+        path = self.folder / f"{self.index:05d}.json"
+        staging = path.with_suffix(".new")
+        try:
+            staging.write_text(json.dumps(sign | {"step": self.clock.step}))
+            staging.replace(path)
+        except OSError:
+            pass  # a full disk or a slow network is no reason to end a run; the others will see no sign
+
+    def _listen(self) -> None:
+        now = time.monotonic()
+        for number, sign in self._signs.items():
+            try:
+                heard = json.loads((self.folder / f"{number:05d}.json").read_text())
+            except (OSError, ValueError):
+                continue
+            if heard.get("run") != self._run or heard["beat"] == sign.beat:
+                continue
+            if (heard["stage"], heard["step"]) != (sign.stage, sign.step):
+                sign.since = now
+            sign.host, sign.beat, sign.stage, sign.step = heard["host"], heard["beat"], heard["stage"], heard["step"]
+            sign.heard = now
+        self.found = self._lost(now) or self._stuck(now)
+
+    def _lost(self, now: float) -> str:
+        for number, sign in self._signs.items():
+            if number != self.index and now - sign.heard > self.config.lost_s:
+                where = "it had left" if sign.stage == "gone" else f"last seen in {sign.stage} of step {sign.step}"
+                return (
+                    f"host {sign.host} (process {number} of {self.count}) gave no sign of life for "
+                    f"{now - sign.heard:.0f} s, {where}; the last checkpoint stays"
+                )
+        return ""
+
+    def _stuck(self, now: float) -> str:
+        """Nobody has left its stage for too long: who is behind the others, or alone in a stage, is the cause."""
+        if min(now - sign.since for sign in self._signs.values()) < self.config.stall_s:
+            return ""
+        places = [(sign.step, sign.stage) for sign in self._signs.values()]
+        behind = min(self._signs.values(), key=lambda s: (s.step, places.count((s.step, s.stage))))
+        told = "; ".join(f"process {number} {sign}" for number, sign in self._signs.items())
+        return (
+            f"host {behind.host} stalls in {behind.stage} of step {behind.step}: no process has left its stage for "
+            f"{self.config.stall_s:.0f} s ({told}); the last checkpoint stays"
+        )
+
+
+@contextmanager
+def watched(folder: Path, config: HostsConfig, clock: Clock) -> Iterator[None]:
+    """A run among whose processes one may be lost.
+
+    Raises:
+        HostLost: one was.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    watchdog = Watchdog(folder, config, clock)
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        first = str(error).strip().split("\n")[0][:160]
+        if "RESOURCE_EXHAUSTED" in first:
+            raise
+        told = watchdog.explain(config.lost_s + 5)
+        raise HostLost(told or f"the hosts lost each other ({first}); the last checkpoint stays") from error
+    finally:
+        watchdog.close()
