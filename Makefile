@@ -31,9 +31,10 @@ sglang-env: $(SGLANG_STAMP)  ## an SGLang server for CPUs in $(SGLANG_VENV), 3 G
 sglang-test: setup sglang-env  ## the tests that start real SGLang servers, one after another
 	JAX_PLATFORMS=cpu SGLANG_VENV=$(SGLANG_VENV) $(RUN) -m pytest -m sglang
 
-lint: setup  ## format, rules, types
+lint: setup  ## format, rules, types, shell scripts
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(VENV)/bin/shellcheck launch/*.sh .ci/run
 	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(RUN) -m pyright --pythonpath $(RUN)
 
 format: setup  ## put the code into the form that lint asks for

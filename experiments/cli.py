@@ -106,6 +106,7 @@ def join_hosts() -> None:
             )
         asked = {"num_processes": int(count), "process_id": int(process), "local_device_ids": None}
     try:
+        # JAX's own watch aborts without a word of where; ours (m1jax.train.hosts) has spoken long before.
         jax.distributed.initialize(**asked, heartbeat_timeout_seconds=300)
     except (RuntimeError, ValueError) as error:
         told = str(error).strip().split("\n")[0][:200]

@@ -36,6 +36,10 @@ from m1jax.train.clock import Clock
 
 T = TypeVar("T")
 FOLDER = "hosts"
+LOST = ("gloo", "nccl", "connection", "unavailable", "deadline", "coordination", "socket", "barrier")
+"""Words of the errors by which a message between hosts fails."""
+GRACE_S = 5.0
+"""Seconds from the conclusion that a host is lost to the end of a process whose main thread has not come to it."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +271,7 @@ class Watchdog:
             self._listen()
             if self.found:
                 # The main thread gets a moment to come to the same end by an error of its own, and to say more.
-                if not self._over.wait(5.0) and not self._explaining:
+                if not self._over.wait(GRACE_S) and not self._explaining:
                     print(f"error: {self.found}", file=sys.stderr, flush=True)
                     self.leave(75)
                 return
@@ -334,9 +338,9 @@ def watched(folder: Path, config: HostsConfig, clock: Clock) -> Iterator[None]:
     watchdog = Watchdog(folder, config, clock)
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:  # Gloo's errors come as either
         first = str(error).strip().split("\n")[0][:160]
-        if "RESOURCE_EXHAUSTED" in first:
+        if isinstance(error, UserError) or not any(word in first.lower() for word in LOST):
             raise
         told = watchdog.explain(config.lost_s + 5)
         raise HostLost(told or f"the hosts lost each other ({first}); the last checkpoint stays") from error

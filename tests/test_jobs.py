@@ -1,0 +1,136 @@
+"""Jobs of real processes, started by launch/local.sh: what they compute, and what becomes of them when one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m1jax.train.checkpoint import steps
+from m1jax.train.leaf_store import StoredLeaves
+
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+FLAGS = (
+    "train_rl", "configs/rl_tiny_cpu.py:smoke", "--config.evaluation.every=100", f"--config.steps={STEPS}",
+    "--config.checkpoint.every=1", "--config.checkpoint.keep=9", "--config.hosts.lost_s=10",
+)  # fmt: skip
+
+
+def start(folder: Path, processes: int, *flags: str, **environment: str) -> subprocess.Popen:
+    """launch/local.sh over so many processes of one device."""
+    entry, config, *more = FLAGS
+    own = {"PROCESSES": str(processes), "JAX_NUM_CPU_DEVICES": "1", "OMP_NUM_THREADS": "1", "VENV": _venv()}
+    command = ["launch/local.sh", entry, config, str(folder), *more, *flags]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | own | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def _venv() -> str:
+    return str(Path(sys.executable).parents[1])
+
+
+def finish(job: subprocess.Popen, seconds: float = 240) -> tuple[int, str]:
+    """Exit code and output; a job that does not end is ended, with all that it started."""
+    try:
+        said, _ = job.communicate(timeout=seconds)
+        return job.returncode, said
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        raise
+
+
+def reaches(folder: Path, step: int, job: subprocess.Popen, seconds: float = 240) -> None:
+    """Wait until a step is saved."""
+    deadline = time.monotonic() + seconds
+    while step not in steps(folder / "checkpoints"):
+        assert job.poll() is None, job.communicate()[0]
+        if time.monotonic() > deadline:
+            os.killpg(job.pid, signal.SIGKILL)
+            raise AssertionError(f"step {step} was not reached")
+        time.sleep(0.05)
+
+
+def largest_difference(one: Path, other: Path, step: int) -> float:
+    """Of all parameters at a step, to their norm."""
+    states = [StoredLeaves(folder / "checkpoints" / f"{step:08d}" / "state") for folder in (one, other)]
+    assert states[0].shapes.keys() == states[1].shapes.keys()
+    pairs = [[np.asarray(s.read(leaf), np.float64) for s in states] for leaf in states[0].shapes]
+    return max(float(np.linalg.norm(x - y) / np.linalg.norm(x)) for x, y in pairs)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process: a run that samples and saves its rollouts, and one that trains on them."""
+    folder = tmp_path_factory.mktemp("jobs")
+    for name, flags in (("sampled", ("--config.rollout.save=true",)), ("alone", (f"--replay={folder / 'sampled'}",))):
+        code, said = finish(start(folder / name, 1, *flags))
+        assert code == 0, said
+    return folder
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_lose_one_and_go_on_as_two(alone):
+    """SIGKILL in the middle of a step; then two processes, which SIGTERM ends; then one, to the end."""
+    job, replay = alone / "job", f"--replay={alone / 'sampled'}"
+    four = start(job, 4, replay)
+    reaches(job, 3, four)
+    victim = json.loads((job / "hosts" / "00002.json").read_text())
+    os.kill(victim["pid"], signal.SIGKILL)
+    killed = time.monotonic()
+    code, said = finish(four)
+    assert time.monotonic() - killed < 60 and code == 75, said
+    told = "(process 2 of 4) gave no sign of life for "
+    assert f"error: host {victim['host']} {told}" in said and "the last checkpoint stays; start again with:" in said
+    assert "process 2 ended with code 137" in said
+    for process in (1, 3):
+        assert told in (job / "hosts" / "logs" / f"{process}.log").read_text()
+    kept = steps(job / "checkpoints")[-1]
+    assert 3 <= kept < STEPS
+
+    two = start(job, 2, replay)
+    reaches(job, kept + 1, two)
+    os.kill(two.pid, signal.SIGTERM)
+    code, said = finish(two)
+    assert code in (0, 75), said  # it may have been at its end
+    assert f"resumed {job} after step {kept} of {STEPS}" in said
+    if code == 75:
+        assert said.count("stopped and saved") >= 1
+        code, said = finish(start(job, 1, replay))
+        assert code == 0, said
+    for step in range(STEPS + 1):
+        assert largest_difference(job, alone / "alone", step) < 1e-5, step
+    rows = [json.loads(line)["step"] for line in (job / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(STEPS + 1)), "every step is recorded once, by one process"
+
+
+@pytest.mark.slow
+def test_two_processes_sample_what_one_does(alone):
+    """Prompts by their global index, noise by prompt: the same rollouts on another number of processes."""
+    code, said = finish(start(alone / "pair", 2, "--config.rollout.save=true", "--config.steps=2"))
+    assert code == 0, said
+    names = sorted(f.name for f in (alone / "pair" / "rollouts").iterdir())
+    assert len(names) == 2
+    for name in names:
+        pair, one = (np.load(alone / run / "rollouts" / name) for run in ("pair", "sampled"))
+        assert set(pair) == set(one)
+        for key in pair:
+            if pair[key].dtype.kind == "f":
+                np.testing.assert_allclose(pair[key], one[key], rtol=0, atol=2e-5, err_msg=key)
+            else:
+                np.testing.assert_array_equal(pair[key], one[key], key)
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_users_ends_all_of_them_with_one_line(tmp_path):
+    code, said = finish(start(tmp_path / "job", 2, "--config.update.micro_batch_rows=1"))
+    assert code == 2 and "config.update.micro_batch_rows: 1 rows cannot be dealt out to 2 devices; choose 2" in said

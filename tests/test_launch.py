@@ -1,0 +1,150 @@
+"""The scripts of launch/: what they would start, and what they do under a scheduler, for which stubs stand in."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(p.name for p in (ROOT / "launch").glob("*.sh"))
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_can_be_run_and_tells_how(script):
+    assert os.access(ROOT / "launch" / script, os.X_OK)
+    done = run(f"launch/{script}")
+    assert done.returncode == 2 and f"launch/{script} " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_dry_run_on_this_machine_prints_every_process(tmp_path):
+    folder = tmp_path / "a run"
+    done = run(
+        "launch/local.sh", "--dry_run", "train_rl", "configs/c.py", str(folder), "--config.seed=1", PROCESSES="3"
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 3 and not folder.exists()
+    for number, line in enumerate(lines):
+        assert f"M1JAX_PROCESSES=3 M1JAX_PROCESS={number} " in line and "JAX_COORDINATOR_ADDRESS=127.0.0.1:" in line
+        assert f"'-m' 'experiments.train_rl' '--config=configs/c.py' '--workdir={folder}' '--config.seed=1'" in line
+        assert line.endswith(f"hosts/logs/{number}.log")
+    alone = run("launch/local.sh", "--dry_run", "train_rl", "configs/c.py", str(folder), PROCESSES="1")
+    assert "M1JAX_PROCESSES" not in alone.stdout and len(alone.stdout.splitlines()) == 1
+
+
+def stub(folder: Path, name: str, body: str) -> None:
+    folder.mkdir(exist_ok=True)
+    file = folder / name
+    file.write_text(f'#!/usr/bin/env bash\necho "{name} $*" >>"{folder}/calls"\n{body}\n')
+    file.chmod(0o755)
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A Slurm of three nodes whose steps do nothing; the trainer's exits with $CODE."""
+    folder = tmp_path / "bin"
+    stub(folder, "sbatch", "")
+    stub(folder, "curl", "exit ${HEALTHY:-0}")
+    stub(folder, "sleep", "exec /bin/sleep 0.1")
+    stub(folder, "scontrol", '[ "$1" = requeue ] || printf "n1\\nn2\\nn3\\n"')
+    stub(folder, "srun", 'case "$*" in *sglang.sh*) exec /bin/sleep 60 ;; esac; exit ${CODE:-0}')
+    return folder, {
+        "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "n[1-3]",
+        "SLURM_JOB_ID": "7", "NODES": "2", "GPUS": "4",
+    }  # fmt: skip
+
+
+def calls(folder: Path, name: str) -> list[str]:
+    return [line for line in (folder / "calls").read_text().splitlines() if line.startswith(f"{name} ")]
+
+
+def test_slurm_submits_itself_and_a_dry_run_nothing(tmp_path, slurm):
+    folder, environment = slurm
+    asked = ("train_rl", "configs/c.py", str(tmp_path / "w"), "--config.seed=1")
+    dry = run("launch/slurm.sh", "--dry_run", *asked, **environment)
+    assert dry.returncode == 0 and not (folder / "calls").exists() and not (tmp_path / "w").exists()
+    assert "'--nodes=2' '--ntasks=8' '--ntasks-per-node=4'" in dry.stdout and "'experiments.train_rl'" in dry.stdout
+    assert run("launch/slurm.sh", *asked, **environment).returncode == 0
+    (call,) = calls(folder, "sbatch")
+    assert "--nodes=2 --gpus-per-node=4" in call and "--signal=TERM@300 --requeue" in call
+    assert call.endswith(f"launch/slurm.sh --job {' '.join(asked)}")
+    assert "NODES" in run("launch/slurm.sh", *asked, **environment | {"NODES": ""}).stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "again"), [(0, "0", False), (2, "0", False), (75, "0", True), (75, "9", False)]
+)
+def test_slurm_requeues_what_asks_for_it(tmp_path, slurm, code, restarts, again):
+    folder, environment = slurm
+    environment |= {"CODE": str(code), "SLURM_RESTART_COUNT": restarts, "RESTARTS": "9"}
+    done = run("launch/slurm.sh", "--job", "train_rl", "configs/c.py", str(tmp_path / "w"), **environment)
+    assert done.returncode == code, done.stderr
+    assert ("scontrol requeue 7" in calls(folder, "scontrol")) == again
+    (step,) = calls(folder, "srun")
+    assert "--nodelist=n1,n2 --nodes=2 --ntasks=8" in step and "--config=configs/c.py" in step
+
+
+def test_slurm_waits_for_servers_and_ends_them(tmp_path, slurm):
+    folder, environment = slurm
+    environment |= {"SERVERS": "1", "MODEL": "/shared/m", "SERVER_FLAGS": "--tp-size 4"}
+    done = run("launch/slurm.sh", "--job", "train_rl", "configs/c.py", str(tmp_path / "w"), **environment)
+    assert done.returncode == 0, done.stderr
+    server, trainer = sorted(calls(folder, "srun"), key=lambda call: "sglang.sh" not in call)
+    assert "--nodelist=n3 --nodes=1" in server and server.endswith("launch/sglang.sh /shared/m 30000 --tp-size 4")
+    assert "--nodelist=n1,n2" in trainer and trainer.endswith("--config.servers.urls=('http://n3:30000',)")
+    assert calls(folder, "curl")[-1].endswith("http://n3:30000/health")
+    sick = run(
+        "launch/slurm.sh", "--job", "train_rl", "configs/c.py", str(tmp_path / "w"),
+        **environment | {"HEALTHY": "1", "HEALTH": "0"},
+    )  # fmt: skip
+    assert sick.returncode == 2 and "the rollout server on n3 is not healthy" in sick.stderr
+    assert len([call for call in calls(folder, "srun") if "train_rl" in call]) == 1, "no trainer without servers"
+
+
+def test_tpu_vms_get_one_command_and_only_ours_is_stopped(tmp_path):
+    folder = tmp_path / "bin"
+    stub(folder, "gcloud", 'test -e "$(dirname "$0")/again" && exit 0; touch "$(dirname "$0")/again"; exit 75')
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    asked = ("slice", "zone", "train_rl", "configs/c.py", "w w")
+    dry = run("launch/tpu_vm.sh", "--dry_run", *asked, **environment)
+    assert dry.returncode == 0 and not (folder / "calls").exists() and "M1JAX_PROCESSES=auto" in dry.stdout
+    done = run("launch/tpu_vm.sh", *asked, **environment)
+    assert done.returncode == 0 and "starting again from the last checkpoint, 99 further times" in done.stderr
+    started = calls(folder, "gcloud")
+    assert len(started) == 2 and all("tpu-vm ssh slice --zone=zone --worker=all" in call for call in started)
+    assert run("launch/tpu_vm.sh", "--stop", "slice", "zone", **environment).returncode == 0
+    assert "grep -q experiments /proc/$pid/cmdline" in (folder / "calls").read_text()
+
+
+def test_the_job_set_is_what_its_head_says():
+    """Filled in as the head does it, it is YAML without a variable of ours, and with those of its shell commands."""
+    text = (ROOT / "launch" / "gke.yaml").read_text()
+    head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    exported = dict(re.findall(r"(\w+)=(\S+)", "\n".join(x for x in head.splitlines() if "export " in x)))
+    names = re.findall(r"\$(\w+)", head.partition("envsubst")[2].partition("<")[0])
+    assert sorted(exported) == sorted(names)
+    body = text[len(head) :]
+    assert set(re.findall(r"\$\{(\w+)\}", body)) == set(names)
+    for name, value in sorted(exported.items(), key=lambda item: -len(item[0])):
+        body = re.sub(rf"\$(\{{{name}\}}|{name}\b)", value, body)
+    jobs = yaml.safe_load(body)["spec"]["replicatedJobs"]
+    assert [job["name"] for job in jobs] == ["trainer", "rollout"] and jobs[1]["replicas"] == 16
+    trainer = jobs[0]["template"]["spec"]
+    assert trainer["parallelism"] == trainer["completions"] == 128 and trainer["backoffLimit"] == 0
+    (container,) = trainer["template"]["spec"]["containers"]
+    assert "--config.servers.urls=" in container["command"][2] and "$urls" in container["command"][2]
+    assert {"name": "M1JAX_PROCESSES", "value": "auto"} in container["env"]
+    (gate,) = trainer["template"]["spec"]["initContainers"]
+    assert "http://rl-rollout-$i-0.rl:30000/health" in gate["command"][2]
+    for script in (container["command"][2], gate["command"][2]):
+        assert run("bash", "-n", "-c", script).returncode == 0
