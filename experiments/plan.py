@@ -4,9 +4,10 @@
     python -m experiments.plan --model=tiny --batch=512 --context 128 1K
     python -m experiments.plan --config=configs/rl_tiny_cpu.py        # the model of a run's config
     python -m experiments.plan --accounting=full --dollars_per_gpu_hour=3
+    python -m experiments.plan --aot=v5p:8x8x8 --config=configs/rl_m1.py      # compiled for 512 chips: minutes
 
-It counts (m1jax/model/accounting.py) and never starts JAX. How fast a machine is it does not know: what time and money
-follow from is a flag, and every flag's value and source is printed with the result.
+It counts (m1jax/model/accounting.py) and, but for the last, never starts JAX. How fast a machine is it does not know:
+what time and money follow from is a flag, and every flag's value and source is printed with the result.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import inspect
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from configs import models
 from experiments import cli
 from m1jax.config import build
 from m1jax.errors import UserError
+from m1jax.mesh import MeshConfig
 from m1jax.model import accounting as count
 from m1jax.model.accounting import ACCOUNTINGS, DEEPSEEK_R1, QWEN3_235B, Footprint
 from m1jax.model.config import ModelConfig
@@ -65,6 +68,8 @@ class Run:
     training_utilisation: float = assumed(0.3, "assumed; not published")
     updates_per_token: float = assumed(1.0, "assumed: each token is trained on once, prompts are free")
     training_passes: int = assumed(4, "assumed: layers are computed again (remat); 3 without")
+    updates: int = assumed(4250, "Figure 4 of the report: its axis ends at 4,000 to 4,500 steps, taken for updates")
+    responses_per_update: int = assumed(512, "configs/rl_m1.py: DAPO's 512 x 16 in 16 updates; not published")
 
     def __post_init__(self):
         for f in fields(self):
@@ -104,6 +109,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     about = "how attention is counted (tables: causal; picture: chart)"
     parser.add_argument("--accounting", choices=tuple(ACCOUNTINGS), help=about)
     parser.add_argument("--workdir", type=Path, default=Path("runs/plan"), metavar="DIR", help="where flops.png goes")
+    about = "compile the update of --config for these chips, v5p:8x8x8 for example; needs the extra `plan`"
+    parser.add_argument("--aot", metavar="TOPOLOGY", help=about)
+    about = "with --aot, a layout in place of the config's, fsdp=16,expert=8,tensor=4 for example"
+    parser.add_argument("--mesh", type=layout, nargs="+", metavar="LAYOUT", help=about)
+    parser.add_argument("--decode", action="store_true", help="with --aot, compile the decoding of a token too")
     for f in fields(Run):
         kind = type(f.default)
         parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar="N", help=f.metadata["source"])
@@ -123,9 +133,37 @@ def tokens(text: str) -> int:
     return int(number) * unit
 
 
+def layout(text: str) -> MeshConfig:
+    """fsdp=16,expert=8 as devices along each axis; `data` takes what is left where it is not among them."""
+    try:
+        pairs = dict(part.split("=") for part in text.split(","))
+        return MeshConfig(**{axis: int(n) for axis, n in pairs.items()})
+    except (ValueError, TypeError) as error:
+        told = f"{text!r} is no layout ({error}); write fsdp=16,expert=8,tensor=4"
+        raise argparse.ArgumentTypeError(told) from error
+
+
+def plan_aot(arguments: argparse.Namespace) -> None:
+    """Compile for devices that are not here, and print what comes of it."""
+    from experiments import plan_aot
+
+    a = arguments
+    if a.config is None:
+        raise UserError(f"--aot={a.aot}: which run? give its --config, configs/rl_m1.py for example")
+    from m1jax.rl.settings import RLConfig
+
+    config = build(RLConfig, cli.load_config(a.config))
+    run = Run(**{f.name: getattr(a, f.name) for f in fields(Run)})
+    shown = partial(table, left=(0, 1))
+    for line in plan_aot.report(a.aot, config, a.mesh or [config.mesh], run, shown, a.decode):
+        print(line, flush=True)
+
+
 def plan(arguments: argparse.Namespace) -> None:
     """Print every table and draw the picture."""
     a = arguments
+    if a.aot:
+        return plan_aot(a)
     run = Run(**{f.name: getattr(a, f.name) for f in fields(Run)})
     name, config = chosen_model(a.model, a.config)
     contexts = chosen_contexts(a.context, config)
@@ -308,6 +346,8 @@ def cost_lines(shape: Footprint, run: Run, accounting: str) -> list[str]:
         dollars_per_gpu_hour=run.price,
     )
     bought = run.gpu_hours / cost.gpu_hours
+    made = run.updates * run.responses_per_update
+    share = made * (rollout + training) / (run.gpu_hours * 3600 * run.peak_tflops * 1e12)
     rows = [
         ["GPU-hours of the run: devices * days * 24", f"{run.gpu_hours:,.0f}"],
         ["dollars per GPU-hour: dollars / GPU-hours, unless given", f"{run.price:.2f}"],
@@ -318,6 +358,8 @@ def cost_lines(shape: Footprint, run: Run, accounting: str) -> list[str]:
         ["1e9 response tokens: dollars", f"{cost.dollars:,.0f}"],
         ["response tokens that the run's GPU-hours pay for, 1e9", f"{bought:,.0f}"],
         ["responses that the run's GPU-hours pay for, 1e6", f"{bought * responses / 1e6:,.1f}"],
+        ["response tokens of the updates, 1e9", f"{made * run.response_tokens / 1e9:,.1f}"],
+        ["utilisation of all GPU-hours that these imply", f"{share:.1%}"],
     ]
     return [
         f"An RL run, accounting {accounting}",

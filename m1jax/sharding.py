@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,8 +34,11 @@ def make_mesh(sizes: MeshConfig | None = None, devices: Sequence[Any] | None = N
         sizes = (sizes or MeshConfig()).on(count)
     except ValueError as error:
         raise UserError(f"config.mesh: {error}") from error
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.sizes.values()), AXES, axis_types=types, devices=devices)
+    # Along the links that there are; an axis of 4 need not be one of an 8 x 8 x 8 torus, so those may be split.
+    laid_out = mesh_utils.create_device_mesh(
+        tuple(sizes.sizes.values()), devices, allow_split_physical_axes=True, contiguous_submeshes=False
+    )
+    return Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def data_mesh() -> Mesh:

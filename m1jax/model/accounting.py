@@ -281,7 +281,7 @@ def training_passes(remat: str) -> int:
     are computed again in any case (`model/logprobs.py`), and so is attention longer than one block. Less: what a layer
     computes last (the down projection) is not computed again, since no gradient needs it.
     """
-    return 4 if remat == "layer" else 3
+    return 3 if remat == "none" else 4
 
 
 def train_flops(shape: Footprint, tokens: int, accounting: str = "causal", remat: str = "none") -> float:
@@ -335,6 +335,69 @@ def cache_bytes(config: ModelConfig, rows: int, slots: int) -> int:
 def logits_bytes(config: ModelConfig, tokens: int) -> int:
     """Of the logits of `tokens` tokens, at least float32. Training holds ModelConfig.head_rows tokens' at a time."""
     return tokens * config.vocab_size * max(4, _SIZES[config.dtype])
+
+
+# Bytes of a device in training --------------------------------------------------------------------------------------
+
+
+def training_bytes(config: ModelConfig, rows: int, tokens: int, moments: str) -> dict[str, float]:
+    """What one device of `config.mesh` holds at the fullest moment of an update, by kind.
+
+    Args:
+        config: the model; its mesh says what is dealt out, its remat what is kept for the backward pass.
+        rows, tokens: of a micro-batch, on all devices together.
+        moments: dtype of AdamW's.
+
+    The moment is the backward pass of a layer, or that of the head, whichever takes more: both are held against what a
+    compiler found in BUILD.md. Not counted: the batch, what a compiler keeps twice, fragments.
+    """
+    c, mesh, sizes = config, config.mesh, _SIZES
+    M = rows // mesh.along(("data", "fsdp", "expert")) * (tokens // mesh.context)
+    D, V, wide = c.hidden_size, c.vocab_size // mesh.tensor, max(4, sizes[c.dtype])
+    held = held_parameters(c)
+    narrow = sizes[c.dtype]
+    parts = {
+        "parameters": held * sizes[c.param_dtype],
+        "AdamW's moments": 2 * held * sizes[moments],
+        "gradients of a micro-batch, and their sum": 2 * held * sizes[c.param_dtype],
+        f"kept for the backward pass (remat {c.remat!r})": c.num_layers * M * _kept_per_token(c) * narrow,
+    }
+    F, A = c.expert_dim // mesh.tensor, max(c.experts_per_token, 1)
+    X = c.num_heads * c.head_dim // mesh.tensor
+    own = c.num_experts // mesh.expert or 1
+    slots = M * A * (mesh.expert_capacity if mesh.expert > 1 else 1)
+    weights = own * 3 * D * F
+    mlp = (4 * slots * D + 5 * slots * F + 2 * M * A * D + weights) * narrow + (M * D + weights) * wide
+    weights = 5 * D * X
+    attention = (4 * M * D + 12 * M * X + weights) * narrow + weights * wide
+    block = min(M, 2**24 // V)
+    head = D * V * (sizes[c.param_dtype] + 2 * wide) + 3 * block * V * wide + 2 * M * D * narrow
+    return parts | {"the layer, or the head, that is computed": max(mlp, attention, head)}
+
+
+def held_parameters(config: ModelConfig) -> float:
+    """Parameters that one device of `config.mesh` holds."""
+    c, mesh, parts = config, config.mesh, parameters(config).parts
+    # Norms over heads and biases have no width to be dealt out along fsdp.
+    narrow = c.kinds.count("lightning") * c.num_heads + c.kinds.count("softmax") * c.qkv_bias * (
+        c.num_heads + 2 * c.num_kv_heads
+    )
+    narrow *= c.head_dim / mesh.tensor * (1 - 1 / mesh.fsdp)
+    dealt = {
+        "experts": mesh.fsdp * mesh.tensor * mesh.expert,
+        "router gates": mesh.fsdp,
+        "norms": 1,
+    }
+    return sum(n / dealt.get(name, mesh.fsdp * mesh.tensor) for name, n in parts.items()) + narrow
+
+
+def _kept_per_token(config: ModelConfig) -> float:
+    """Numbers that a layer keeps of a token for its backward pass: its input, the outputs of its products, or all."""
+    c, mesh = config, config.mesh
+    X, F, A = c.num_heads * c.head_dim // mesh.tensor, c.expert_dim // mesh.tensor, max(c.experts_per_token, 1)
+    products = 5 * X + c.hidden_size
+    everything = 8 * X + 6 * c.hidden_size + 3 * A * F
+    return c.hidden_size + {"layer": 0, "products": products, "none": everything}[c.remat]
 
 
 # Money ---------------------------------------------------------------------------------------------------------------

@@ -211,8 +211,7 @@ def sample(
     experts_PTLA = _experts(routed, config, segment_ids_PT) if record else None
     last_P = jnp.maximum(segment_ids_PT.sum(axis=1) - 1, 0)
     hidden_PD = hidden_MD.reshape(P, T, -1)[jnp.arange(P), last_P]
-    logits_of = lambda hidden_BD: whole(head(params, hidden_BD), "tensor", config.mesh, 1)  # noqa: E731
-    logits_BV = jnp.repeat(logits_of(hidden_PD), responses, axis=0)
+    logits_BV = jnp.repeat(logits(params, hidden_PD, config), responses, axis=0)
     cache = cache_lib.repeat_rows(cache, responses)
 
     key_P = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), prompt_index_P)
@@ -239,7 +238,7 @@ def sample(
         hidden_BD, cache, routed = hidden_states(params, config, token_B[:, None], segment_B1, cache)
         if experts_BSLA is not None:
             experts_BSLA = jax.lax.dynamic_update_slice_in_dim(experts_BSLA, _experts(routed, config, segment_B1), t, 1)
-        logits_BV = logits_of(hidden_BD)
+        logits_BV = logits(params, hidden_BD, config)
         return t + 1, cache, logits_BV, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, run_B, live_B
 
     zeros_B = jnp.zeros((B,), jnp.int32)
@@ -253,6 +252,11 @@ def sample(
     _, _, _, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, _, _ = carry
     sampled = ids_BS, logprobs_BS, lengths_B, endings_B
     return sampled, None if experts_PTLA is None or experts_BSLA is None else (experts_PTLA, experts_BSLA)
+
+
+def logits(params: Params, hidden_BD: jax.Array, config: ModelConfig) -> jax.Array:
+    """logits_BV over the whole vocabulary, of which a device may have a part."""
+    return whole(head(params, hidden_BD), "tensor", config.mesh, 1)
 
 
 def _any(live_B: jax.Array, mesh: MeshConfig) -> jax.Array:

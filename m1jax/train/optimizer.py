@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("constant", "linear", "cosine")
+MOMENTS = ("", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class OptimizerConfig:
             do not converge.
         weight_decay: decoupled decay of every parameter.
         max_grad_norm: the global norm is scaled down to this.
+        moments: dtype that the two moments are stored in, "float32" or "bfloat16"; "" is that of each parameter. They
+            are computed in at least float32 in either case.
     """
 
     learning_rate: float
@@ -36,6 +42,7 @@ class OptimizerConfig:
     eps: float = 1e-15
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    moments: str = ""
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -48,6 +55,8 @@ class OptimizerConfig:
             raise ValueError(f"warmup_updates: {self.warmup_updates} must be at least 0")
         if self.max_grad_norm <= 0:
             raise ValueError(f"max_grad_norm: {self.max_grad_norm} must be above 0")
+        if self.moments not in MOMENTS:
+            raise ValueError(f"moments: {self.moments!r} must be one of {MOMENTS}")
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
@@ -66,7 +75,28 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW under the schedule."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(learning_rate(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay),
-    )
+    adamw = optax.adamw(learning_rate(config), config.b1, config.b2, config.eps, weight_decay=config.weight_decay)
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), stored_as(config.moments, adamw))
+
+
+def stored_as(dtype: str, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """An optimizer that computes in at least float32, and keeps the floating part of its state in `dtype`, or, for "",
+    in the dtypes of the parameters.
+    """
+
+    def init(params: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype) if dtype and _floating(x) else x, inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        changes, new = inner.update(_wide(updates), _wide(state), _wide(params))
+        return changes, jax.tree.map(lambda x, kept: x.astype(kept.dtype), new, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _wide(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)) if _floating(x) else x, tree)
+
+
+def _floating(x: Any) -> bool:
+    return hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)  # optax sends placeholders, which have none
