@@ -25,10 +25,11 @@ from m1jax.config import build, to_dict
 from m1jax.data.problems import majority_share
 from m1jax.errors import UserError
 from m1jax.model.config import ModelConfig
+from m1jax.rl import engine_local
 from m1jax.rl.evaluate import Answered, accuracy_by_task, evaluate, manner
 from m1jax.rl.run import SAMPLES, check_heldout, local_engine, noise_seed, open_questions, open_scorer
 from m1jax.rl.settings import RLConfig
-from m1jax.sharding import check_rows, data_mesh, replicated
+from m1jax.sharding import check_rows, make_mesh, placed
 from m1jax.train import report
 from m1jax.train.pretrained import HOW_NOT_WHAT, Pretrained, differences, find_pretrained
 from m1jax.types import ENDINGS
@@ -80,14 +81,14 @@ def answer_heldout(config: RLConfig, model: Pretrained) -> list[Answered]:
         UserError: as the run would, before any weights are read where that is possible.
         NonFinite: the model's log-probabilities are not numbers.
     """
-    mesh = data_mesh()
-    check_rows(config.rollout.engine_rows, "config.rollout.engine_rows", mesh)
+    mesh = make_mesh(config.mesh)
+    check_rows(config.rollout.engine_rows, "config.rollout.engine_rows", mesh, engine_local.ROWS)
     check_heldout(config, model.meta)
     questions = open_questions(config)
     with open_scorer(config, questions) as scorer:
         engine = local_engine(config, questions, mesh)
         step = int(model.meta.get("step", 0))
-        engine.set_weights(model.load(replicated(mesh)), step)
+        engine.set_weights(model.load(placed(mesh, engine.specs)), step)
         seed = noise_seed(jax.random.split(jax.random.key(config.seed))[1])  # the key that a run of it starts with
         score = partial(scorer.score_heldout, step)
         return evaluate(engine, questions.heldout, config.evaluation.sampling, seed, score)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from m1jax.mesh import MeshConfig
+from m1jax.mesh import ONE, MeshConfig
 from m1jax.model.collectives import gathered, own_part, sum_of_parts, whole
 from m1jax.model.config import ModelConfig
 from m1jax.model.layers import at_least_float32
@@ -71,7 +71,7 @@ def block_rows(config: ModelConfig, M: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _logprobs_and_entropy(hidden_MD, weight, tokens_M, d_axis: int, temperature: float, R: int, mesh: MeshConfig):
+def _logprobs_and_entropy(hidden_MD, weight, tokens_M, d_axis: int, temperature: float, R: int, mesh: MeshConfig = ONE):
     """logprobs_M and entropy_M (no gradient), at least float32.
 
     Args:

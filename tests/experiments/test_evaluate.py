@@ -66,7 +66,7 @@ def test_the_network_is_the_checkpoints_and_how_it_is_computed_the_configs(folde
     said = []
     values = runs.rl_values(tmp_path, model__hidden_size=64, model__dtype="bfloat16", model__attention_block=8)
     config = evaluate.config_of(values | {"tokenizer": {"path": "other.json"}}, model, said.append)
-    assert config.model == dataclasses.replace(model.config, dtype="bfloat16", attention_block=8)
+    assert config.model == dataclasses.replace(model.config, dtype="bfloat16", attention_block=8, mesh=config.mesh)
     assert said[0].startswith("config.model is another network; the one of ")
     assert said[1].startswith("config.tokenizer.path is other.json; ") and len(said) == 2
     evaluate.config_of(cli.load_config(str(folder / "config.py")), model, said.append)
