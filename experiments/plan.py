@@ -137,7 +137,8 @@ def layout(text: str) -> MeshConfig:
     """fsdp=16,expert=8 as devices along each axis; `data` takes what is left where it is not among them."""
     try:
         pairs = dict(part.split("=") for part in text.split(","))
-        return MeshConfig(**{axis: int(n) for axis, n in pairs.items()})
+        sizes: dict[str, Any] = {axis: int(n) for axis, n in pairs.items()}
+        return MeshConfig(**sizes)
     except (ValueError, TypeError) as error:
         told = f"{text!r} is no layout ({error}); write fsdp=16,expert=8,tensor=4"
         raise argparse.ArgumentTypeError(told) from error

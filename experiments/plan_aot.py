@@ -7,6 +7,7 @@ XLA's own count takes every loop for one turn. How fast the devices are does not
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import defaultdict
@@ -188,7 +189,10 @@ def _abstract(tree: Any, shardings: Any) -> Any:
 
 # -- messages ----------------------------------------------------------------------------------------------------
 
-SHARE = {"all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0, "psum": 2.0, "pmax": 2.0, "ppermute": 1.0}
+SHARE = {
+    "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0, "ragged_all_to_all": 1.0, "psum": 2.0, "pmax": 2.0,
+    "ppermute": 1.0,
+}  # fmt: skip
 """Times that a device receives the larger of what goes in and what comes out, but for its own part of it: a sum to all
 is one that is scattered and gathered again."""
 
@@ -205,8 +209,11 @@ def messages(jaxpr: Any, sizes: Mapping[str, int]) -> dict[tuple[str, str], floa
         kind = next((k for k in SHARE if name == k or name.startswith(f"{k}_")), None)
         if kind is not None:
             axes = [axis for axis in _axes(p) if sizes.get(axis, 1) > 1]
-            if n := int(np.prod([sizes[axis] for axis in axes], dtype=int)) if axes else 0:
-                size = max(sum(_bytes(v) for v in side) for side in (equation.invars, equation.outvars))
+            if axes:
+                n = math.prod(sizes[axis] for axis in axes)
+                # What a ragged one sends is its first operand; its buffer holds the worst case.
+                sides = (equation.invars[:1],) if kind.startswith("ragged") else (equation.invars, equation.outvars)
+                size = max(sum(_bytes(v) for v in side) for side in sides)
                 found[kind, " x ".join(axes)] += SHARE[kind] * size * (n - 1) / n
             continue
         branches = [messages(inner, sizes) for inner in _inner(p)]

@@ -4,7 +4,7 @@
     data      rows of a batch                                 gradients, summed once an update
     fsdp      rows of a batch; the width of every weight      weights, gathered layer by layer; gradients, scattered
     expert    rows of a batch; whole experts                  tokens to their experts and back
-    context   the tokens of a row                             lightning states, keys and values of softmax layers
+    context   the tokens of a row; weights, as along fsdp     lightning states, keys and values; weights and gradients
     tensor    heads, columns of MLPs, the vocabulary          the sums of each branch's output
 
 Axes are named from the slowest links to the fastest. An axis of size 1 costs nothing and moves nothing. This file knows
@@ -24,9 +24,12 @@ ROWS = ("data", "fsdp", "expert")
 TOKENS = (*ROWS, "context")
 """The axes along which no two devices have the same token."""
 
-RULES: dict[str, str | None] = {
-    # dimension of a parameter: the axis along which it is dealt out; None: whole on every device
-    "embed": "fsdp",
+GATHERED = ("fsdp", "context")
+"""The axes whose devices compute with whole weights, and keep a part of them each."""
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # dimension of a parameter: the axis, or axes, along which it is dealt out; None: whole on every device
+    "embed": GATHERED,
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -39,7 +42,7 @@ RULES: dict[str, str | None] = {
     "layers": None,
     "periods": None,
 }
-"""The table. The model gathers what is dealt out along `fsdp` before it computes; along `tensor` and `expert` every
+"""The table. The model gathers what is dealt out along GATHERED before it computes; along `tensor` and `expert` every
 device computes with its part, so a dimension can be moved there only together with the code that computes it."""
 
 EXCHANGES = ("all_to_all", "all_gather", "ragged")
@@ -116,16 +119,20 @@ class MeshConfig:
 
     def parts(self, dim: str | None) -> int:
         """How many parts a dimension of this name is cut into."""
-        axis = RULES[dim] if dim else None
-        return getattr(self, axis) if axis else 1
+        return self.along(flat(RULES[dim] if dim else None))
 
 
 ONE = MeshConfig(data=1)
 """A single device: what a model without a mesh computes on."""
 
 
-def axes_of(dims: Sequence[str | None]) -> tuple[str | None, ...]:
-    """The mesh axis of each dimension of a parameter.
+def flat(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes of an entry of the table, or of a PartitionSpec."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def axes_of(dims: Sequence[str | None]) -> tuple[str | tuple[str, ...] | None, ...]:
+    """The mesh axis, or axes, of each dimension of a parameter.
 
     Raises:
         ValueError: two of them lie along the same one, or a name is not in the table.
@@ -133,7 +140,7 @@ def axes_of(dims: Sequence[str | None]) -> tuple[str | None, ...]:
     if unknown := [dim for dim in dims if dim is not None and dim not in RULES]:
         raise ValueError(f"dimension {unknown[0]!r} is not in the table; it has {', '.join(RULES)}")
     axes = tuple(RULES[dim] if dim else None for dim in dims)
-    used = [(axis, dim) for axis, dim in zip(axes, dims, strict=True) if axis]
+    used = [(axis, dim) for entry, dim in zip(axes, dims, strict=True) for axis in flat(entry)]
     for n, (axis, dim) in enumerate(used):
         if clash := [other for same, other in used[:n] if same == axis]:
             raise ValueError(f"dimensions {clash[0]!r} and {dim!r} of one parameter both lie along {axis!r}")

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from m1jax.errors import UserError
-from m1jax.mesh import AXES, ROWS, MeshConfig
+from m1jax.mesh import AXES, ROWS, MeshConfig, flat
 
 M = TypeVar("M", bound=Any)
 T = TypeVar("T")
@@ -100,5 +100,5 @@ def sum_gradients(grads: Any, specs: Any) -> Any:
 
 def missing_axes(spec: P) -> tuple[str, ...]:
     """The axes along which an array of this spec is the same on every device."""
-    used = {axis for entry in spec if entry is not None for axis in ((entry,) if isinstance(entry, str) else entry)}
+    used = {axis for entry in spec for axis in flat(entry)}
     return tuple(axis for axis in AXES if axis not in used)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from m1jax.mesh import AXES, RULES, MeshConfig, axes_of
+from m1jax.mesh import AXES, RULES, MeshConfig, axes_of, flat
 from tests.mesh_child import MESHES
 from tests.model import golden
 
@@ -140,12 +140,12 @@ def test_memory_falls_with_what_is_dealt_out(tmp_path):
 
 
 def test_no_two_dimensions_of_a_parameter_lie_along_one_axis():
-    assert axes_of(("embed", "heads", None, "head_dim")) == ("fsdp", "tensor", None, None)
+    assert axes_of(("embed", "heads", None, "head_dim")) == (("fsdp", "context"), "tensor", None, None)
     with pytest.raises(ValueError, match="'heads' and 'mlp' of one parameter both lie along 'tensor'"):
         axes_of(("heads", "embed", "mlp"))
     with pytest.raises(ValueError, match="'width' is not in the table"):
         axes_of(("width",))
-    assert set(RULES.values()) <= {*AXES, None}
+    assert {axis for entry in RULES.values() for axis in flat(entry)} <= set(AXES)
 
 
 @pytest.mark.parametrize(

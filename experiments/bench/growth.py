@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(arguments: argparse.Namespace) -> None:
     """Measure what is asked for, print it, write it down."""
-    a, results = arguments, {"machine": machine()}
+    a = arguments
+    results: dict[str, Any] = {"machine": machine()}
     jax.config.update("jax_enable_compilation_cache", False)  # what is measured is compiling
     small = a.smoke
     if a.only in (None, "length"):

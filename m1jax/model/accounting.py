@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from m1jax.mesh import GATHERED
 from m1jax.model.config import ModelConfig
 
 ACCOUNTINGS = {
@@ -378,17 +379,18 @@ def training_bytes(config: ModelConfig, rows: int, tokens: int, moments: str) ->
 def held_parameters(config: ModelConfig) -> float:
     """Parameters that one device of `config.mesh` holds."""
     c, mesh, parts = config, config.mesh, parameters(config).parts
-    # Norms over heads and biases have no width to be dealt out along fsdp.
+    gathered = mesh.along(GATHERED)
+    # Norms over heads and biases have no width to be dealt out and gathered.
     narrow = c.kinds.count("lightning") * c.num_heads + c.kinds.count("softmax") * c.qkv_bias * (
         c.num_heads + 2 * c.num_kv_heads
     )
-    narrow *= c.head_dim / mesh.tensor * (1 - 1 / mesh.fsdp)
+    narrow *= c.head_dim / mesh.tensor * (1 - 1 / gathered)
     dealt = {
-        "experts": mesh.fsdp * mesh.tensor * mesh.expert,
-        "router gates": mesh.fsdp,
+        "experts": gathered * mesh.tensor * mesh.expert,
+        "router gates": gathered,
         "norms": 1,
     }
-    return sum(n / dealt.get(name, mesh.fsdp * mesh.tensor) for name, n in parts.items()) + narrow
+    return sum(n / dealt.get(name, gathered * mesh.tensor) for name, n in parts.items()) + narrow
 
 
 def _kept_per_token(config: ModelConfig) -> float:

@@ -15,23 +15,23 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from m1jax.mesh import RULES, TOKENS, MeshConfig
+from m1jax.mesh import GATHERED, RULES, TOKENS, MeshConfig
 
 
 def gathered(x: jax.Array, dims: Sequence[str | None], mesh: MeshConfig, dtype: jnp.dtype | str) -> jax.Array:
-    """A parameter's part on this device, in `dtype`, with the dimension that lies along `fsdp` whole.
+    """A parameter's part on this device, in `dtype`, with the dimension that lies along `fsdp` and `context` whole.
 
     Its gradient is summed in at least float32 and scattered again.
     """
-    dim = next((i for i, name in enumerate(dims) if name and RULES[name] == "fsdp"), None)
-    if mesh.fsdp == 1 or dim is None:
+    dim = next((i for i, name in enumerate(dims) if name and RULES[name] == GATHERED), None)
+    if mesh.along(GATHERED) == 1 or dim is None:
         return x.astype(dtype)
     return _gather(x, dim, jnp.dtype(dtype))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x, dim, dtype):
-    return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=dim, tiled=True)
+    return jax.lax.all_gather(x.astype(dtype), GATHERED, axis=dim, tiled=True)
 
 
 def _gather_forward(x, dim, dtype):
@@ -40,7 +40,7 @@ def _gather_forward(x, dim, dtype):
 
 def _gather_backward(dim, dtype, like, dy):
     dy = dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
-    return (jax.lax.psum_scatter(dy, "fsdp", scatter_dimension=dim, tiled=True).astype(like.dtype),)
+    return (jax.lax.psum_scatter(dy, GATHERED, scatter_dimension=dim, tiled=True).astype(like.dtype),)
 
 
 _gather.defvjp(_gather_forward, _gather_backward)

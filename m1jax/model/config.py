@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from m1jax.config import DERIVED
-from m1jax.mesh import ONE, MeshConfig
+from m1jax.mesh import GATHERED, ONE, MeshConfig
 
 LAYER_KINDS = ("lightning", "softmax")
 REMAT = ("none", "products", "layer")
@@ -158,17 +158,16 @@ class ModelConfig:
         if self.mesh.expert != 1 and not self.num_experts:
             raise ValueError(f"mesh.expert: {self.mesh.expert}, but a dense model has no experts; use data or fsdp")
         dealt_out = {
-            "tensor": ("num_heads", "num_kv_heads", "expert_dim", "vocab_size"),
-            "fsdp": ("hidden_size",),
-            "expert": ("num_experts",),
+            ("tensor",): ("num_heads", "num_kv_heads", "expert_dim", "vocab_size"),
+            GATHERED: ("hidden_size",),
+            ("expert",): ("num_experts",),
         }
-        for axis, names in dealt_out.items():
-            devices = getattr(self.mesh, axis)
+        for axes, names in dealt_out.items():
+            devices = self.mesh.along(axes)
             for name in names:
                 if devices and getattr(self, name) % devices:
-                    raise ValueError(
-                        f"mesh.{axis}: {devices} devices do not divide model.{name}, {getattr(self, name)}"
-                    )
+                    told = " x ".join(f"mesh.{axis}" for axis in axes if getattr(self.mesh, axis) > 1)
+                    raise ValueError(f"{told}: {devices} devices do not divide model.{name}, {getattr(self, name)}")
 
     @property
     def num_periods(self) -> int:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from m1jax.errors import UserError
 from m1jax.model.config import ModelConfig
-from m1jax.pallas_kernels.compat import why_not
+from m1jax.pallas_kernels.compat import platform, why_not
 from m1jax.pallas_kernels.lightning_attention import api as lightning
 from m1jax.pallas_kernels.moe import api as moe
 
@@ -34,7 +34,7 @@ def _asked(name: str) -> str | None:
 
 
 def check_kernels(config: ModelConfig) -> None:
-    """Raise UserError before a run begins where a kernel that its config names cannot do the work."""
+    """Raise UserError before a run begins where a kernel, or a message, that its config names cannot do the work."""
     parts = {
         "lightning": (lightning_kernel, "lightning" in config.kinds, "layer of lightning attention"),
         "moe": (moe_kernel, config.num_experts > 0, "mixture of experts"),
@@ -48,6 +48,11 @@ def check_kernels(config: ModelConfig) -> None:
                 kernel(config)
         except ValueError as error:
             raise UserError(f"config.kernels.{name}: {error}, or 'auto'") from error
+    if config.mesh.expert != 1 and config.mesh.expert_exchange == "ragged" and platform() == "cpu":
+        raise UserError(
+            "config.mesh.expert_exchange: 'ragged' cannot run here: XLA has no ragged_all_to_all for CPUs; choose "
+            "'all_to_all'"
+        )
     if config.kernels.softmax == "splash":
         reason = why_not("mosaic_tpu")
         if config.dtype == "float64":

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from m1jax.mesh import ONE, axes_of
+from m1jax.mesh import GATHERED, ONE, axes_of
 from m1jax.model import cache as cache_lib
 from m1jax.model.attention import SoftmaxAttention
 from m1jax.model.cache import Cache
@@ -135,7 +135,7 @@ def _one_after_another(
 def embedded(table_VD: jax.Array, tokens_BT: Array, config: ModelConfig) -> jax.Array:
     """h_MD: the rows of the embedding, of which this device has a part, in the compute dtype."""
     mesh, token_M = config.mesh, tokens_BT.reshape(-1)
-    if mesh.fsdp > 1:
+    if mesh.along(GATHERED) > 1:
         table_VD = gathered(table_VD, ("vocab", "embed"), mesh, config.dtype)
     if mesh.tensor > 1:
         token_M = token_M - jax.lax.axis_index("tensor") * len(table_VD)
@@ -150,7 +150,7 @@ def kept_for_backward(config: ModelConfig) -> Any:
     """The policy of `jax.checkpoint` for a layer; None where nothing is computed again."""
     policies = jax.checkpoint_policies
     if config.remat == "none":
-        return _all_but_gathered_weights if config.mesh.fsdp > 1 else None
+        return _all_but_gathered_weights if config.mesh.along(GATHERED) > 1 else None
     return policies.nothing_saveable if config.remat == "layer" else policies.dots_with_no_batch_dims_saveable
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
+from m1jax.mesh import flat
 from m1jax.rl.loss import LossConfig, LossInput, importance_ratio, kept, kl_terms
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.state import TrainState
@@ -102,7 +103,7 @@ def sample_entries(tree: Params, specs: Any = None) -> Entries:
     values, stands_for = [], []
     for x, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs) or itertools.repeat(P())):  # noqa: B905
         axes = (*spec, *(None,) * (x.ndim - len(spec)))
-        shape = [n * (jax.lax.axis_size(axis) if axis else 1) for n, axis in zip(x.shape, axes, strict=True)]
+        shape = [n * math.prod(map(jax.lax.axis_size, flat(entry))) for n, entry in zip(x.shape, axes, strict=True)]
         size, draw = math.prod(shape), np.random.default_rng(0)
         if size <= GRADIENT_SAMPLE:
             places = np.unravel_index(np.arange(size), shape)
@@ -114,17 +115,17 @@ def sample_entries(tree: Params, specs: Any = None) -> Entries:
     return jnp.concatenate(values), jnp.asarray(np.concatenate(stands_for))
 
 
-def _entries(x: jax.Array, places: Sequence[np.ndarray], axes: Sequence[str | None]) -> jax.Array:
+def _entries(x: jax.Array, places: Sequence[np.ndarray], axes: Sequence[Any]) -> jax.Array:
     """Entries of an array of which this device has a part along some mesh axes."""
     here, elsewhere = [], False
-    for place, n, axis in zip(places, x.shape, axes, strict=True):
-        own = place - (jax.lax.axis_index(axis) * n if axis else 0)
+    for place, n, entry in zip(places, x.shape, axes, strict=True):
+        own = place - (jax.lax.axis_index(entry) * n if entry else 0)
         elsewhere |= (own < 0) | (own >= n)
         here.append(own)
     if not any(axes):
         return x[tuple(here)]
     taken = x.at[tuple(here)].get(mode="clip")
-    return jax.lax.psum(jnp.where(elsewhere, 0, taken), tuple(axis for axis in axes if axis))
+    return jax.lax.psum(jnp.where(elsewhere, 0, taken), tuple(axis for entry in axes for axis in flat(entry)))
 
 
 def gradient_magnitudes(gradient: Entries) -> dict[str, jax.Array]:

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from m1jax.errors import UserError
-from m1jax.mesh import MeshConfig
+from m1jax.mesh import GATHERED, MeshConfig, flat
 from m1jax.model import cache as cache_lib
 from m1jax.model.collectives import whole
 from m1jax.model.config import ModelConfig
@@ -38,8 +38,8 @@ ROWS = ("data", "fsdp", "expert", "context")
 class LocalEngine:
     """An `Engine` over the devices of a mesh.
 
-    Experts, heads and vocabulary lie as in training; what training deals out along `fsdp` is gathered once, when
-    weights are set: to gather it at every token would take longer than the token.
+    Experts, heads and vocabulary lie as in training; what training gathers layer by layer is gathered once, when
+    weights are set: to do it at every token would take longer than the token.
 
     Args:
         config: the decoder.
@@ -62,7 +62,7 @@ class LocalEngine:
         sizes = on_mesh(config, mesh).mesh
         sizes = dataclasses.replace(sizes, data=1, fsdp=1, context=1)  # between these nothing is said
         self.config, self.mesh = dataclasses.replace(config, mesh=sizes), mesh
-        self.specs = jax.tree.map(_without_fsdp, parameter_specs(config))
+        self.specs = jax.tree.map(_gathered, parameter_specs(config))
         self.prompt_tokens, self.rows = prompt_tokens, rows
         self.stop_ids, self.record_experts = tuple(stop_ids), record_experts
         self.params: Params = None
@@ -73,7 +73,8 @@ class LocalEngine:
         self._gather = jax.jit(lambda params: params, out_shardings=placed(mesh, self.specs))
 
     def set_weights(self, params: Params, version: int) -> None:
-        self.params = params if self.mesh.shape["fsdp"] == 1 else self._gather(params)
+        whole = all(self.mesh.shape[axis] == 1 for axis in GATHERED)
+        self.params = params if whole else self._gather(params)
         self.version, self._kept = version, None
 
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
@@ -219,7 +220,7 @@ def sample(
     key_B = key_BS.reshape(B)
 
     def step(carry):
-        t, cache, logits_BV, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, run_B, live_B = carry
+        t, cache, logits_BV, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, run_B, live_B, _ = carry
         token_B, logprob_B = sample_token(key_B, t, logits_BV, sampling)
         ids_BS = ids_BS.at[:, t].set(jnp.where(live_B, token_B, 0))
         logprobs_BS = logprobs_BS.at[:, t].set(jnp.where(live_B, logprob_B, 0.0))
@@ -239,17 +240,19 @@ def sample(
         if experts_BSLA is not None:
             experts_BSLA = jax.lax.dynamic_update_slice_in_dim(experts_BSLA, _experts(routed, config, segment_B1), t, 1)
         logits_BV = logits(params, hidden_BD, config)
-        return t + 1, cache, logits_BV, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, run_B, live_B
+        said = ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B
+        return t + 1, cache, logits_BV, *said, run_B, live_B, _any(live_B, config.mesh)
 
     zeros_B = jnp.zeros((B,), jnp.int32)
     experts_BSLA = None if experts_PTLA is None else jnp.full((B, S, *experts_PTLA.shape[2:]), -1, experts_PTLA.dtype)
+    live_B = jnp.repeat(segment_ids_PT.any(axis=1), responses)
     carry = (
         jnp.zeros((), jnp.int32), cache, logits_BV, jnp.zeros((B, S), jnp.int32), jnp.zeros((B, S), jnp.float32),
-        experts_BSLA, zeros_B, jnp.full((B,), ENDINGS.index("length"), jnp.int32), zeros_B,
-        jnp.repeat(segment_ids_PT.any(axis=1), responses),
+        experts_BSLA, zeros_B, jnp.full((B,), ENDINGS.index("length"), jnp.int32), zeros_B, live_B,
+        _any(live_B, config.mesh),
     )  # fmt: skip
-    carry = jax.lax.while_loop(lambda carry: (carry[0] < S) & _any(carry[-1], config.mesh), step, carry)
-    _, _, _, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, _, _ = carry
+    carry = jax.lax.while_loop(lambda carry: (carry[0] < S) & carry[-1], step, carry)
+    _, _, _, ids_BS, logprobs_BS, experts_BSLA, lengths_B, endings_B, *_ = carry
     sampled = ids_BS, logprobs_BS, lengths_B, endings_B
     return sampled, None if experts_PTLA is None or experts_BSLA is None else (experts_PTLA, experts_BSLA)
 
@@ -264,8 +267,9 @@ def _any(live_B: jax.Array, mesh: MeshConfig) -> jax.Array:
     return live_B.any() if mesh.expert == 1 else jax.lax.pmax(live_B.any(), "expert")
 
 
-def _without_fsdp(spec: P) -> P:
-    return P(*(None if axis == "fsdp" else axis for axis in spec))
+def _gathered(spec: P) -> P:
+    """Where a parameter lies once it is gathered."""
+    return P(*(None if flat(entry) == GATHERED else entry for entry in spec))
 
 
 def _by_rollout(experts: Any, prompts: Sequence[Prompt], lengths_PR: np.ndarray) -> list[list[np.ndarray | None]]:

@@ -16,7 +16,7 @@ from configs import models
 from experiments import plan, plan_aot
 from m1jax.config import build
 from m1jax.errors import UserError
-from m1jax.mesh import MeshConfig
+from m1jax.mesh import MeshConfig, flat
 from m1jax.model import accounting as count
 from m1jax.model import transformer
 from m1jax.model.config import ModelConfig
@@ -71,8 +71,10 @@ def test_parameters_of_a_device_are_those_of_the_table(sizes):
     model = replace(build(ModelConfig, models.m1().to_dict(), "models.m1"), mesh=sizes)
     shapes = jax.tree.leaves(jax.eval_shape(lambda: transformer.init(jax.random.key(0), model)))
     specs = jax.tree.leaves(transformer.parameter_specs(model))
-    cut = lambda axis: getattr(sizes, axis) if axis else 1  # noqa: E731
-    held = sum(x.size / np.prod([cut(axis) for axis in spec], dtype=int) for x, spec in zip(shapes, specs, strict=True))
+    cut = lambda entry: sizes.along(flat(entry))  # noqa: E731
+    held = sum(
+        x.size / np.prod([cut(entry) for entry in spec], dtype=int) for x, spec in zip(shapes, specs, strict=True)
+    )
     assert count.held_parameters(model) == pytest.approx(held, rel=1e-12)
 
 
