@@ -20,8 +20,8 @@ setup: $(STAMP)  ## virtual environment in $(VENV); PYTHON=/path/to/python and V
 demo: setup  ## SFT, then CISPO, then the before/after table: some ten minutes on two cores
 	$(RUN) -m experiments.demo.run --workdir=runs/demo
 
-test: setup  ## the fast suite
-	$(PYTEST) -m "not slow and not gpu and not sglang"
+test: setup  ## the fast suite; TESTS="file ..." for a part of it
+	$(PYTEST) -m "not slow and not gpu and not sglang" $(TESTS)
 
 test-slow: setup  ## the tests that take longer
 	$(PYTEST) -m "slow and not gpu and not sglang"

@@ -24,6 +24,7 @@ import inspect
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +76,17 @@ def run(
         join_hosts()
         main(arguments)
 
-    code = guard(body, _command(argv), memory)
-    if code and os.environ.get(PROCESSES):
-        os._exit(code)  # the way out of a job is to wait for all the others, and one of them may be gone
+    try:
+        code = guard(body, _command(argv), memory)
+    except BaseException:
+        if not os.environ.get(PROCESSES):
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and os.environ.get(PROCESSES):  # the way out of a job waits for all the others, and one may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
@@ -187,22 +196,22 @@ def parse_with_config(
     about = "config file; :smoke shrinks it"
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARGUMENT]", help=about)
     parser.epilog = "Any value of the config: --config.section.key=VALUE"
+    flags, overrides = split_overrides(argv)
+    known = parser.parse_args(flags)
+    return known, load_config(known.config, overrides)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(all other words, those of the form --config.section.key=VALUE)."""
     overrides = [word for word in argv if word.startswith(("--config.", "-config."))]
-    known = parser.parse_args([word for word in argv if word not in overrides])
-    config = load_config(known.config)
-    for key, texts in sorted(_gather(overrides).items(), key=lambda item: item[0].count(".")):  # sections, then values
-        if key == "loss":
-            config["loss"] = named_algorithm(texts[-1])
-        else:
-            _lay(config, key, texts)
-    return known, config
+    return [word for word in argv if word not in overrides], overrides
 
 
-def load_config(spec: str) -> dict[str, Any]:
-    """Plain values of a config file named "path.py" or "path.py:argument".
+def load_config(spec: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Plain values of a config file named "path.py" or "path.py:argument", with overrides laid over them.
 
     Raises:
-        UserError: no such file, an exception in it, or no ConfigDict out of it.
+        UserError: no such file, an exception in it, or no ConfigDict out of it; an override that is none.
     """
     name, _, argument = spec.partition(":")
     path = Path(name).absolute()
@@ -224,6 +233,11 @@ def load_config(spec: str) -> dict[str, Any]:
     values = _plain(config)
     if isinstance(values.get("loss"), str):
         values["loss"] = named_algorithm(values["loss"])
+    for key, texts in sorted(_gather(overrides).items(), key=lambda item: item[0].count(".")):  # sections, then values
+        if key == "loss":
+            values["loss"] = named_algorithm(texts[-1])
+        else:
+            _lay(values, key, texts)
     return values
 
 

@@ -25,7 +25,7 @@ from configs import models
 from experiments import cli
 from m1jax.config import build
 from m1jax.errors import UserError
-from m1jax.mesh import MeshConfig
+from m1jax.mesh import AXES, MeshConfig
 from m1jax.model import accounting as count
 from m1jax.model.accounting import ACCOUNTINGS, DEEPSEEK_R1, QWEN3_235B, Footprint
 from m1jax.model.config import ModelConfig
@@ -117,7 +117,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for f in fields(Run):
         kind = type(f.default)
         parser.add_argument(f"--{f.name}", type=kind, default=f.default, metavar="N", help=f.metadata["source"])
-    arguments = parser.parse_args(argv)
+    parser.epilog = "With --aot, any value of the config: --config.section.key=VALUE"
+    flags, overrides = cli.split_overrides(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(flags, argparse.Namespace(overrides=overrides))
+    if overrides and not arguments.aot:
+        raise UserError(f"{overrides[0]}: overrides are for --aot=TOPOLOGY; the tables are of the model as it is")
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch}: must be at least 1")
     return arguments
@@ -133,12 +137,15 @@ def tokens(text: str) -> int:
     return int(number) * unit
 
 
-def layout(text: str) -> MeshConfig:
+def layout(text: str) -> dict[str, int]:
     """fsdp=16,expert=8 as devices along each axis; `data` takes what is left where it is not among them."""
     try:
         pairs = dict(part.split("=") for part in text.split(","))
-        sizes: dict[str, Any] = {axis: int(n) for axis, n in pairs.items()}
-        return MeshConfig(**sizes)
+        sizes = {"data": 0} | {axis: int(n) for axis, n in pairs.items()}
+        if unknown := set(sizes) - set(AXES):
+            raise ValueError(f"no axis {min(unknown)}")
+        MeshConfig().of_sizes(sizes)
+        return sizes
     except (ValueError, TypeError) as error:
         told = f"{text!r} is no layout ({error}); write fsdp=16,expert=8,tensor=4"
         raise argparse.ArgumentTypeError(told) from error
@@ -153,10 +160,11 @@ def plan_aot(arguments: argparse.Namespace) -> None:
         raise UserError(f"--aot={a.aot}: which run? give its --config, configs/rl_m1.py for example")
     from m1jax.rl.settings import RLConfig
 
-    config = build(RLConfig, cli.load_config(a.config))
+    config = build(RLConfig, cli.load_config(a.config, a.overrides))
     run = Run(**{f.name: getattr(a, f.name) for f in fields(Run)})
     shown = partial(table, left=(0, 1))
-    for line in plan_aot.report(a.aot, config, a.mesh or [config.mesh], run, shown, a.decode):
+    meshes = [config.mesh.of_sizes(sizes) for sizes in a.mesh or ()] or [config.mesh]
+    for line in plan_aot.report(a.aot, config, meshes, run, shown, a.decode):
         print(line, flush=True)
 
 
@@ -165,6 +173,8 @@ def plan(arguments: argparse.Namespace) -> None:
     a = arguments
     if a.aot:
         return plan_aot(a)
+    if a.mesh or a.decode:
+        raise UserError("--mesh and --decode say what to compile; give --aot=TOPOLOGY with them")
     run = Run(**{f.name: getattr(a, f.name) for f in fields(Run)})
     name, config = chosen_model(a.model, a.config)
     contexts = chosen_contexts(a.context, config)

@@ -64,23 +64,31 @@ class Chip:
 
 
 CHIPS = {
+    "h100": Chip(80e9, 989e12, 450e9, 2.07),
     "v5p": Chip(95 * GIB, 459e12, 600e9, 4.20),
     "v5e": Chip(16 * GIB, 197e12, 200e9, 1.20),
     "v6e": Chip(32 * GIB, 918e12, 400e9, 2.70),
 }
 """Google Cloud's pages "TPU v5p", "TPU v5e" and "TPU v6e", and "Cloud TPU pricing": half of the bidirectional bandwidth
-of the links each way. Prices change: --dollars_per_gpu_hour says another."""
+of the links each way. NVIDIA's data sheet of the H100 SXM, NVLink each way (between hosts there is less), and what the
+report's rent comes to for one GPU and hour. Prices change: --dollars_per_gpu_hour says another."""
+
+GPUS = ("h100",)
+"""Counted and traced, not compiled: XLA's compiler for GPUs wants the kernels' own one and a driver's library."""
+
+SHORT = 1.15
+"""What a compiler took over what is counted, at the most: the tables of TPU slices in BUILD.md."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program, for one device.
+    """What the compiler says of a program, for one device; its bytes are 0 where there was none.
 
     Attributes:
         arguments: bytes that are there before it runs.
         temporary: bytes that it takes while it runs, what it writes into its arguments' place not counted.
         peak: the most bytes at one time.
-        seconds: that compiling took.
+        seconds: that tracing and compiling took.
         messages: bytes that a device receives, by (kind, axes).
     """
 
@@ -99,7 +107,13 @@ def topology(name: str) -> tuple[str, Sequence[Any]]:
     """
     kind = name.partition(":")[0]
     if kind not in CHIPS:
-        raise UserError(f"--aot={name}: known are {', '.join(CHIPS)}, each with a topology as in v5p:8x8x8")
+        raise UserError(f"--aot={name}: known are {', '.join(CHIPS)}, with a topology or a number: v5p:8x8x8, h100:512")
+    if kind in GPUS:
+        number = name.partition(":")[2]
+        if not number.isdecimal() or not int(number):
+            raise UserError(f"--aot={name}: write how many, {kind}:512 for example")
+        jax.config.update("jax_num_cpu_devices", int(number))  # they stand in for the GPUs while programs are traced
+        return kind, jax.devices()
     try:
         return kind, topologies.get_topology_desc(name, platform="tpu").devices
     except Exception as error:
@@ -124,10 +138,14 @@ def compile_update(config: RLConfig, mesh: Mesh) -> Compiled:
     rows = NamedSharding(mesh, P(None, None, ROWS))
     integers, floats = (jax.ShapeDtypeStruct(lead, dtype, sharding=rows) for dtype in (jnp.int32, jnp.float32))
     reference = floats if config.loss.kl_coefficient else None
-    batch = Batch(integers, integers, floats, floats, floats, integers, reference)
+    replay, experts = config.rollout.router_replay, None
+    if replay != "off":
+        width = (*lead, model.num_layers, model.experts_per_token)
+        experts = jax.ShapeDtypeStruct(width, np.min_scalar_type(-model.num_experts), sharding=rows)
+    batch = Batch(integers, integers, floats, floats, floats, integers, reference, experts)
     update = make_update(
         model, config.loss, optimizer, mesh, temperature=config.sampling.temperature, passes=config.update.passes,
-        adam=config.optimizer, router=config.router,
+        adam=config.optimizer, router=config.router, replay=replay == "use",
     )  # fmt: skip
     return _compile(update, (state, batch), mesh)
 
@@ -172,14 +190,18 @@ def compile_decode(config: RLConfig, mesh: Mesh) -> Compiled:
 
 def _compile(function: Any, arguments: tuple[Any, ...], mesh: Mesh) -> Compiled:
     start = time.perf_counter()
+    sizes = {str(axis): n for axis, n in mesh.shape.items()}
+    if mesh.devices.flat[0].platform == "cpu":  # they stand in for GPUs
+        with lowering_for("gpu"):
+            traced = function.trace(*arguments)
+        return Compiled(0, 0, 0, time.perf_counter() - start, messages(traced.jaxpr, sizes))
     with lowering_for("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = function.trace(*arguments)
-        compiled = traced.lower().compile()
-    memory = compiled.memory_analysis()
-    sizes = {str(axis): n for axis, n in mesh.shape.items()}
+        memory = traced.lower().compile().memory_analysis()
+    seconds = time.perf_counter() - start
     return Compiled(
-        memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes,
-        time.perf_counter() - start, messages(traced.jaxpr, sizes),
+        memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, seconds,
+        messages(traced.jaxpr, sizes),
     )  # fmt: skip
 
 
@@ -269,7 +291,7 @@ def report(
         made = compile_update(replace(config, mesh=model.mesh), mesh)
         layout = " x ".join(f"{axis} {n}" for axis, n in model.mesh.sizes.items() if n > 1)
         yield ""
-        yield f"Update over {layout} (compiled in {made.seconds:.0f} s)"
+        yield f"Update over {layout} ({'compiled' if made.peak else 'traced'} in {made.seconds:.0f} s)"
         yield from table(["memory of a chip", "GiB", "of it"], memory_rows(model, shape, config, made, chip))
         yield from table(["messages to a chip", "along", "GiB"], message_rows(made))
         yield from table(["of the batch", ""], time_rows(flops, tokens, len(devices), made, chip, run, price))
@@ -280,7 +302,8 @@ def report(
                 f"One token of {config.rollout.engine_rows} answers behind {shape.tokens:,} tokens, weights in "
                 f"{config.model.dtype} (compiled in {made.seconds:.0f} s)"
             )
-            yield from table(["memory of a chip", "GiB", "of it"], fit_rows(made, chip))
+            if made.peak:
+                yield from table(["memory of a chip", "GiB", "of it"], fit_rows(made, chip))
             yield from table(["messages to a chip", "along", "GiB"], message_rows(made))
 
 
@@ -288,8 +311,15 @@ def memory_rows(model: ModelConfig, shape: Any, config: RLConfig, made: Compiled
     parts = count.training_bytes(model, shape.rows, shape.tokens, config.optimizer.moments or model.param_dtype)
     rows = [[f"{what}, counted", f"{size / GIB:.2f}", f"{size / chip.memory:.0%}"] for what, size in parts.items()]
     total = sum(parts.values())
-    rows.append(["all that is counted", f"{total / GIB:.2f}", f"{total / made.peak - 1:+.0%} of the compiler's peak"])
-    return rows + fit_rows(made, chip)
+    if made.peak:
+        rows.append(
+            ["all that is counted", f"{total / GIB:.2f}", f"{total / made.peak - 1:+.0%} of the compiler's peak"]
+        )
+        return rows + fit_rows(made, chip)
+    likely = SHORT * total
+    rows.append(["all that is counted", f"{total / GIB:.2f}", f"{total / chip.memory:.0%}"])
+    rows.append([f"what a compiler may make of it, x {SHORT}", f"{likely / GIB:.2f}", f"{likely / chip.memory:.0%}"])
+    return [*rows, fit(likely, chip)]
 
 
 def fit_rows(made: Compiled, chip: Chip) -> list[list[str]]:
@@ -297,7 +327,11 @@ def fit_rows(made: Compiled, chip: Chip) -> list[list[str]]:
         [f"{what}, by the compiler", f"{size / GIB:.2f}", f"{size / chip.memory:.0%}"]
         for what, size in (("arguments", made.arguments), ("temporary", made.temporary), ("peak", made.peak))
     ]
-    return [*rows, ["it fits" if made.peak < chip.memory else "IT DOES NOT FIT", f"{chip.memory / GIB:.2f}", "100%"]]
+    return [*rows, fit(made.peak, chip)]
+
+
+def fit(size: float, chip: Chip) -> list[str]:
+    return ["it fits" if size < chip.memory else "IT DOES NOT FIT", f"{chip.memory / GIB:.2f}", "100%"]
 
 
 def message_rows(made: Compiled) -> list[list[str]]:
@@ -321,7 +355,10 @@ def time_rows(
             f"{busy:,.0f}",
         ],
         [f"seconds of messages, at {chip.link / 1e9:.0f} GB/s", f"{talk:,.0f}"],
-        ["seconds of the updates: messages hidden, messages apart", " to ".join(f"{h * 3600:,.0f}" for h in hours)],
+        [
+            "seconds of the updates: messages all hidden, or none, on all links at once",
+            " to ".join(f"{h * 3600:,.0f}" for h in hours),
+        ],
         [f"dollars, at {price:.2f} for a chip and hour", " to ".join(f"{h * devices * price:,.0f}" for h in hours)],
         [
             "dollars for 1e9 places of tokens, padding included",

@@ -25,6 +25,9 @@ fi
 entry=$1 config=$2 workdir=$3
 shift 3
 python=${VENV:-.venv}/bin/python processes=${PROCESSES:-1} restarts=${RESTARTS:-0}
+case $processes in
+'' | *[!0-9]* | 0) echo "PROCESSES=$processes: write how many, 1 or more" >&2 && exit 2 ;;
+esac
 command=("$python" -m "experiments.$entry" --config="$config" --workdir="$workdir" "$@")
 export JAX_PLATFORMS=${PLATFORM:-cpu}
 
@@ -47,6 +50,7 @@ if [ -n "$dry" ]; then
 fi
 
 mkdir -p "$logs"
+set -m # each process in a group of its own: Ctrl-C comes to this script alone, which passes it on once
 pids=() asked=''
 signal() { # to our own processes only
     asked=yes
@@ -60,15 +64,16 @@ while true; do
     export JAX_COORDINATOR_ADDRESS=127.0.0.1:$port M1JAX_PROCESSES=$processes
     pids=()
     for ((i = 0; i < processes; i++)); do
+        if [ "$JAX_PLATFORMS" = cuda ]; then export JAX_LOCAL_DEVICE_IDS=$i; fi # a GPU each
         if [ "$i" = 0 ]; then
-            M1JAX_PROCESS=$i "${command[@]}" > >(tee -a "$logs/$i.log") 2>&1 &
+            M1JAX_PROCESS=$i "${command[@]}" > >(tee -i -a "$logs/$i.log") 2>&1 &
         else
             M1JAX_PROCESS=$i "${command[@]}" >>"$logs/$i.log" 2>&1 &
         fi
         pids+=($!)
     done
 
-    # Each process ends by itself when it loses another. The code of the job is that of the first one that failed.
+    # Each process ends by itself when it loses another. What a user has to mend says more than that others were lost.
     code=0
     for i in "${!pids[@]}"; do
         status=0
@@ -78,7 +83,11 @@ while true; do
         wait "${pids[$i]}" 2>/dev/null && status=0 || status=$?
         if [ "$status" != 0 ]; then
             echo "process $i ended with code $status, see $logs/$i.log" >&2
-            if [ "$code" = 0 ] || [ "$status" = 75 ]; then code=$status; fi
+            case $status in
+            1 | 2) code=$status ;;
+            75) if [ "$code" != 1 ] && [ "$code" != 2 ]; then code=75; fi ;;
+            *) if [ "$code" = 0 ]; then code=$status; fi ;;
+            esac
         fi
     done
     if [ "$code" = 0 ] || [ -n "$asked" ] || [ "$restarts" -le 0 ]; then

@@ -10,7 +10,7 @@
 # trainer, GPUS of a node (8), TIME (24:00:00), GRACE seconds between SIGTERM and the end (300), RESTARTS (100), VENV,
 # SBATCH_FLAGS (partition, account), and for rollout servers SERVERS (nodes, a server on each), MODEL (folder they start
 # with), SERVER_FLAGS, SERVER_PORT (30000), HEALTH seconds to wait for them (1800).
-# A job that exits with 75 (SIGTERM, a host or all servers lost) is requeued, and goes on from its last checkpoint.
+# A job that exits with 75 (SIGTERM, all servers lost), or loses a host, is requeued and goes on from its last checkpoint.
 set -euo pipefail
 
 dry='' job=''
@@ -32,7 +32,7 @@ if [ "$servers" != 0 ]; then
     : "${MODEL:?say what the servers serve, MODEL=folder}"
 fi
 logs=$workdir/hosts/logs
-trainers=(srun --nodes="$nodes" --ntasks=$((nodes * gpus)) --ntasks-per-node="$gpus" --gpus-per-task=1
+trainers=(srun --nodes="$nodes" --ntasks=$((nodes * gpus)) --ntasks-per-node="$gpus" --gpu-bind=none
     --output="$logs/%t.log" "${VENV:-.venv}/bin/python" -m "experiments.$entry"
     --config="$config" --workdir="$workdir" "$@")
 read -r -a server_flags <<<"${SERVER_FLAGS:-}"
@@ -41,8 +41,8 @@ serving=(srun --nodes="$servers" --ntasks="$servers" --ntasks-per-node=1 --gpus-
 
 if [ -z "$job" ]; then
     read -r -a more <<<"${SBATCH_FLAGS:-}"
-    submit=(sbatch --job-name="m1jax-$(basename "$workdir")" --nodes=$((nodes + servers)) --gpus-per-node="$gpus"
-        --time="${TIME:-24:00:00}" --signal="TERM@${GRACE:-300}" --requeue --open-mode=append
+    submit=(sbatch --job-name="m1jax-$(basename "$workdir")" --nodes=$((nodes + servers)) --exclusive
+        --gpus-per-node="$gpus" --ntasks-per-node="$gpus" --time="${TIME:-24:00:00}" --signal="B:TERM@${GRACE:-300}" --requeue --open-mode=append
         --output="$logs/job.log" "${more[@]}" launch/slurm.sh --job "$entry" "$config" "$workdir" "$@")
     if [ -n "$dry" ]; then
         echo "${submit[*]@Q}"
@@ -79,8 +79,16 @@ if [ "$servers" != 0 ]; then
 fi
 export M1JAX_PROCESSES=auto JAX_PLATFORMS=cuda
 code=0
-"${trainers[0]}" --nodelist="$(list "${hosts[@]:0:nodes}")" "${trainers[@]:1}" || code=$?
-if [ "$code" = 75 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-100}" ]; then
+# SIGTERM comes to this script (B:), which passes it on to the trainer alone: without servers it could not finish a save.
+"${trainers[0]}" --nodelist="$(list "${hosts[@]:0:nodes}")" "${trainers[@]:1}" &
+trainer=$!
+trap 'kill -TERM "$trainer" 2>/dev/null || true' TERM
+while kill -0 "$trainer" 2>/dev/null; do
+    wait "$trainer" || true # a signal to this script ends a wait, not the step
+done
+wait "$trainer" || code=$?
+# 1 and 2 would end the same again. All else is a host that was lost, or asks for it (75).
+if [ "$code" -gt 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-100}" ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

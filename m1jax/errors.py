@@ -29,6 +29,9 @@ class NonFinite(ArithmeticError):
         super().__init__(f"step {step}, stage {stage}: {what} is not finite; stopped, the last good checkpoint stays")
         self.step, self.stage, self.what = step, stage, what
 
+    def __reduce__(self):  # from process to process
+        return NonFinite, (self.step, self.stage, self.what)
+
 
 def require_finite(step: int, stage: str, metrics: Mapping[str, float]) -> None:
     """Raise NonFinite where the loss, or a norm of gradient or parameters, is NaN or infinite.
@@ -45,6 +48,10 @@ class HostLost(RuntimeError):
 
     Its message is one line that names the host.
     """
+
+
+class Stopped(Exception):  # no error: what was asked for
+    """The run was asked to stop while an engine was at work; what it was at work on is given up."""
 
 
 class EngineLost(RuntimeError):

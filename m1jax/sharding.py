@@ -55,6 +55,12 @@ def check_rows(rows: int, name: str, mesh: Mesh, axes: Sequence[str] = ROWS) -> 
         raise UserError(f"{name}: {rows} rows cannot be dealt out to {devices} devices; choose {choice}")
 
 
+def check_tokens(tokens: int, name: str, mesh: Mesh) -> None:
+    """Raise UserError where devices along `context` do not divide the tokens of a row; `name` is the key to change."""
+    if tokens % (devices := mesh.shape["context"]):
+        raise UserError(f"{name}: {tokens} tokens of a row cannot be dealt out to {devices} devices along mesh.context")
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device of the mesh."""
     return NamedSharding(mesh, P())

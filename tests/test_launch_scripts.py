@@ -27,6 +27,26 @@ def test_every_script_can_be_run_and_tells_how(script):
     assert done.returncode == 2 and f"launch/{script} " in done.stderr and "Traceback" not in done.stderr
 
 
+def test_no_process_is_refused():
+    done = run("launch/local.sh", "train_rl", "configs/c.py", "w", PROCESSES="0")
+    assert done.returncode == 2 and "PROCESSES=0: write how many, 1 or more" in done.stderr
+
+
+@pytest.mark.parametrize(("codes", "code"), [("75 2 75", 2), ("1 75 75", 1), ("137 75 75", 75), ("0 137 0", 137)])
+def test_the_code_of_a_job_is_that_of_what_has_to_be_mended(tmp_path, codes, code):
+    """A process that a user has to help, and those that lost it; nothing of it is started again."""
+    stub(
+        tmp_path / "bin",
+        "python",
+        f'[ "$1" = -c ] && echo 1 && exit; codes=({codes}); exit "${{codes[$M1JAX_PROCESS]}}"',
+    )
+    done = run(
+        "launch/local.sh", "train_rl", "configs/c.py", str(tmp_path / "w"), PROCESSES="3", VENV=str(tmp_path),
+        RESTARTS="1" if code in (1, 2) else "0",
+    )  # fmt: skip
+    assert done.returncode == code and "starting all" not in done.stderr
+
+
 def test_a_dry_run_on_this_machine_prints_every_process(tmp_path):
     folder = tmp_path / "a run"
     done = run(
@@ -76,13 +96,14 @@ def test_slurm_submits_itself_and_a_dry_run_nothing(tmp_path, slurm):
     assert "'--nodes=2' '--ntasks=8' '--ntasks-per-node=4'" in dry.stdout and "'experiments.train_rl'" in dry.stdout
     assert run("launch/slurm.sh", *asked, **environment).returncode == 0
     (call,) = calls(folder, "sbatch")
-    assert "--nodes=2 --gpus-per-node=4" in call and "--signal=TERM@300 --requeue" in call
+    assert "--nodes=2 --exclusive --gpus-per-node=4" in call and "--signal=B:TERM@300 --requeue" in call
     assert call.endswith(f"launch/slurm.sh --job {' '.join(asked)}")
     assert "NODES" in run("launch/slurm.sh", *asked, **environment | {"NODES": ""}).stderr
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "again"), [(0, "0", False), (2, "0", False), (75, "0", True), (75, "9", False)]
+    ("code", "restarts", "again"),
+    [(0, "0", False), (2, "0", False), (75, "0", True), (137, "0", True), (75, "9", False)],
 )
 def test_slurm_requeues_what_asks_for_it(tmp_path, slurm, code, restarts, again):
     folder, environment = slurm
@@ -122,6 +143,12 @@ def test_tpu_vms_get_one_command_and_only_ours_is_stopped(tmp_path):
     assert done.returncode == 0 and "starting again from the last checkpoint, 99 further times" in done.stderr
     started = calls(folder, "gcloud")
     assert len(started) == 2 and all("tpu-vm ssh slice --zone=zone --worker=all" in call for call in started)
+    (folder / "again").unlink()
+    stub(
+        folder, "gcloud", 'case "$*" in *touch*) exit 0 ;; esac; exit 143'
+    )  # what the remote command makes of 75 where --stop was there
+    assert run("launch/tpu_vm.sh", *asked, **environment).returncode == 143
+    assert len(calls(folder, "gcloud")) == 3, "what was asked to stop is not started again"
     assert run("launch/tpu_vm.sh", "--stop", "slice", "zone", **environment).returncode == 0
     assert "grep -q experiments /proc/$pid/cmdline" in (folder / "calls").read_text()
 

@@ -30,7 +30,7 @@ nothing (`m1jax.pallas_kernels.moe.api.expert_mlp`)."""
 
 
 def exchanged(mlp: ExpertMLP, mesh: MeshConfig, x_MD, expert_ids_MA, combine_weights_MA, *weights) -> jax.Array:
-    """`mlp` over the experts of all devices; ids are those among all experts, weights those of this device's."""
+    """`mlp` over the experts of all devices; ids are those among all experts, or beyond them for none at all."""
     if mesh.expert == 1:
         return mlp(x_MD, expert_ids_MA, combine_weights_MA, *weights)
     if mesh.expert_exchange == "all_gather":
@@ -53,7 +53,7 @@ def _all_gather(mlp, x_MD, expert_ids_MA, combine_weights_MA, *weights):
 
 def places(pairs: int, mesh: MeshConfig) -> int:
     """Pairs that a device sends to each other one in a round, a multiple of 8."""
-    return -(-int(pairs * mesh.expert_capacity) // (8 * mesh.expert)) * 8
+    return -(-max(int(pairs * mesh.expert_capacity), 1) // (8 * mesh.expert)) * 8
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

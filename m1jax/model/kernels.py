@@ -53,6 +53,11 @@ def check_kernels(config: ModelConfig) -> None:
             "config.mesh.expert_exchange: 'ragged' cannot run here: XLA has no ragged_all_to_all for CPUs; choose "
             "'all_to_all'"
         )
+    if config.kernels.softmax not in ("auto", "blocked") and config.mesh.context != 1:
+        raise UserError(
+            f"config.kernels.softmax: {config.kernels.softmax!r} takes whole rows, and mesh.context deals their tokens "
+            f"out; choose 'auto'"
+        )
     if config.kernels.softmax == "splash":
         reason = why_not("mosaic_tpu")
         if config.dtype == "float64":

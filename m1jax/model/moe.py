@@ -49,9 +49,11 @@ class MixtureOfExperts(nn.Module):
         expert_ids_MA = own_MA
         if recorded_MA is not None:
             expert_ids_MA, combine_weights_MA = replay(router_logits_ME, own_MA, recorded_MA)
+        # Padding goes to no expert: all of it would choose the same ones, and fill the places of their devices.
+        served_MA = jnp.where(live_M[:, None], expert_ids_MA, E)
         y_MD = exchanged(
             partial(expert_mlp, implementation=moe_kernel(c)), c.mesh,
-            x_MD, expert_ids_MA, combine_weights_MA, w_gate_EDF, w_up_EDF, w_down_EFD,
+            x_MD, served_MA, combine_weights_MA, w_gate_EDF, w_up_EDF, w_down_EFD,
         )  # fmt: skip
         sums = routing_sums(router_logits_ME, own_MA, expert_ids_MA, live_M, partial(sum_over_tokens, mesh=c.mesh))
         return sum_of_parts(y_MD, c.mesh), sums | {"expert_ids": own_MA}

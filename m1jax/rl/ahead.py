@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from m1jax.errors import UserError
+from m1jax.errors import Stopped, UserError
 from m1jax.rl.prompts import PromptSource
 from m1jax.types import AsyncEngine, Engine, Prompt, Rollout, Sampling
 
@@ -192,9 +192,15 @@ class Ahead:
                 return finished[:count]
             pending = [g.answers for g in groups if not g.answers.done()]
             concurrent.futures.wait(pending, 0.5, concurrent.futures.FIRST_COMPLETED)
+            self._give_up_if_stopped()
+
+    def _give_up_if_stopped(self) -> None:
+        if getattr(self.engine, "stopped", lambda: False)():
+            raise Stopped
 
     def _wait(self, group: _Group) -> None:
         """Wait in steps, between which a signal is seen."""
         while not group.answers.done():
             concurrent.futures.wait([group.answers], 0.5)
+            self._give_up_if_stopped()
         group.answers.result()

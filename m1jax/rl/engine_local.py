@@ -11,7 +11,7 @@ batch. `rollout_logprobs` are always of the full softmax at the sampling tempera
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from m1jax.errors import UserError
+from m1jax.errors import Stopped, UserError
 from m1jax.mesh import GATHERED, MeshConfig, flat
 from m1jax.model import cache as cache_lib
 from m1jax.model.collectives import whole
@@ -67,6 +67,7 @@ class LocalEngine:
         self.stop_ids, self.record_experts = tuple(stop_ids), record_experts
         self.params: Params = None
         self.version = -1
+        self.stopped: Callable[[], bool] = lambda: False  # asked between calls of the devices
         self._kept: Params = None  # the parameters again, which no update writes over
         self._behind: ThreadPoolExecutor | None = None
         self._sample = jax.jit(self._sample_shards, static_argnames=("sampling", "responses", "record"))
@@ -78,7 +79,7 @@ class LocalEngine:
         self.version, self._kept = version, None
 
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
-        return self._generate(self.params, self.version, prompts, responses, sampling, seed)
+        return self._generate(self.params, self.version, prompts, responses, sampling, seed, self.stopped)
 
     def submit(
         self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int
@@ -121,12 +122,21 @@ class LocalEngine:
                 future.set_result(group)
 
     def _generate(
-        self, params: Params, version: int, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int
+        self,
+        params: Params,
+        version: int,
+        prompts: Sequence[Prompt],
+        responses: int,
+        sampling: Sampling,
+        seed: int,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> list[list[Rollout]]:
         per_call = max(self.rows // responses, 1)
         record = self.record_experts and all(p.index < HELDOUT_INDEX for p in prompts)
         rollouts: list[list[Rollout]] = []
         for start in range(0, len(prompts), per_call):
+            if stopped():
+                raise Stopped
             chunk = prompts[start : start + per_call]
             arrays = deal(self._pad(chunk, per_call), self.mesh, 0, ROWS)
             found = self._sample(params, *arrays, seed, sampling=sampling, responses=responses, record=record)

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from m1jax.errors import EngineLost, ServerRefused, UserError
+from m1jax.errors import EngineLost, ServerRefused, Stopped, UserError
 from m1jax.model.config import ModelConfig
 from m1jax.rl.servers.keys import Keys, keys_from_environment
 from m1jax.rl.servers.pool import Pool
@@ -149,6 +149,7 @@ class SGLangEngine:
     ):
         self.config, self.model, self.stop_ids = config, model, frozenset(stop_ids)
         self.weights, self.files, self.record_experts, self.log = weights, files, record_experts, log
+        self.stopped: Callable[[], bool] = lambda: False  # asked while answers are waited for
         self.read: Callable[[Params, HFTensor], np.ndarray] | None = None  # of `publish`
         self.counts: Counter[str] = Counter()
         self._taken: Counter[str] = Counter()
@@ -192,7 +193,7 @@ class SGLangEngine:
         }
 
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
-        return self._wait(self.submit(prompts, responses, sampling, seed))
+        return self._wait(self.submit(prompts, responses, sampling, seed), self.stopped)
 
     def submit(
         self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int
@@ -534,12 +535,16 @@ class SGLangEngine:
     def _run(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def _wait(self, futures: Sequence[concurrent.futures.Future[Any]]) -> list[Any]:
-        """Their results; the first failure, or Ctrl-C, ends them all."""
+    def _wait(
+        self, futures: Sequence[concurrent.futures.Future[Any]], stopped: Callable[[], bool] = lambda: False
+    ) -> list[Any]:
+        """Their results; the first failure, or being stopped, ends them all."""
         try:
             pending = set(futures)
             while pending:  # in short waits, for a signal is seen between two of them
                 done, pending = concurrent.futures.wait(pending, 0.5, concurrent.futures.FIRST_EXCEPTION)
+                if stopped():
+                    raise Stopped
                 for future in done:
                     future.result()
             return [future.result() for future in futures]

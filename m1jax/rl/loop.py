@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from m1jax.errors import EngineLost, ServerRefused, require_finite
+from m1jax.errors import EngineLost, ServerRefused, Stopped, require_finite
 from m1jax.rl import evaluate as evaluation
 from m1jax.rl.advantage import group_advantages
 from m1jax.rl.batch import make_batch
@@ -48,7 +48,8 @@ def train(
         NonFinite: the loss or a gradient is NaN or infinite; the last good checkpoint stays.
         Interrupted: SIGTERM, Ctrl-C, or no engine answers any more; after saving.
     """
-    with StopSignal() as stop, open_run(config, workdir, params, engine, log) as run, saved_without_engine(run):
+    with StopSignal() as stop, open_run(config, workdir, params, engine, log) as run, saved_at_least(run, stop):
+        run.give_up_when(lambda: stop.requested is not None)
         if run.step == 0 and run.evaluation_due:
             evaluate(run)
         if run.unrecorded is not None:
@@ -97,21 +98,23 @@ def finish_step(run: Run, metrics: dict[str, float]) -> None:
 
 
 @contextmanager
-def saved_without_engine(run: Run) -> Iterator[None]:
-    """Where the servers are gone, or turn out to be of no use, save up to the last update, to go on from there later.
+def saved_at_least(run: Run, stop: StopSignal) -> Iterator[None]:
+    """Where the run is to stop while an engine works, or the servers are gone or of no use, save up to the last update.
 
     Raises:
-        Interrupted: they are gone; with exit code 75 and the cause.
+        Interrupted: it was asked to; or they are gone, with exit code 75 and the cause.
         ServerRefused: one has to be set up in another way.
     """
     try:
         yield
-    except (EngineLost, ServerRefused) as error:
+    except (EngineLost, ServerRefused, Stopped) as error:
         run.note_engine()  # what the servers went through belongs to this step, not to the process that goes on with it
         if run.step:
             run.save()
         if isinstance(error, ServerRefused):
             raise
+        if isinstance(error, Stopped):
+            raise Interrupted(stop.exit_code or 75) from error
         raise Interrupted(75, str(error)) from error
 
 

@@ -35,13 +35,13 @@ from m1jax.rl.batch import make_batch, of_responses
 from m1jax.rl.engine_local import LocalEngine
 from m1jax.rl.engine_sglang import SGLangEngine
 from m1jax.rl.evaluate import Answered
-from m1jax.rl.led import LedPrompts, led
+from m1jax.rl.led import LedEngine, LedPrompts, led
 from m1jax.rl.prompts import PromptSource, Tokenize, heldout_prompts
 from m1jax.rl.recorded import ROLLOUTS, ReplayEngine, file_name, save_rollouts
 from m1jax.rl.settings import RewardConfig, RLConfig
 from m1jax.rl.shaping import by_ending, kl_sums, overlong
 from m1jax.rl.update import make_frozen_logprobs, make_update
-from m1jax.sharding import check_rows, deal, make_mesh, on_mesh, placed, to_host
+from m1jax.sharding import check_rows, check_tokens, deal, make_mesh, on_mesh, placed, to_host
 from m1jax.train import hosts, report
 from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
@@ -271,6 +271,14 @@ class Run:
         self.pending, self.clock.step = {}, self.step
         self.sinks.write(self.step, metrics)
 
+    def give_up_when(self, stopped: Callable[[], bool]) -> None:
+        """Let our engines give up what they are at when the run is asked to stop: it may take longer than there is."""
+        if isinstance(self.engine, LocalEngine):  # all processes compute together, and have to stop together
+            self.engine.stopped = lambda: hosts.anywhere(stopped())
+        servers = self.engine.engine if isinstance(self.engine, LedEngine) else self.engine
+        if isinstance(servers, SGLangEngine):
+            servers.stopped = stopped
+
     def note_engine(self) -> None:
         """Put what the engine tells of a step to the metrics that are not recorded yet, where there are any."""
         if self.unrecorded is not None and isinstance(self.engine, MeasuredEngine):
@@ -460,7 +468,9 @@ def open_run(
 ) -> Iterator[Run]:
     """Set a run up, restored from its last checkpoint where it has one, and close it whatever happens."""
     folder, mesh = Path(workdir), make_mesh(config.mesh)
+    hosts.preflight(folder, to_dict(config))
     model = on_mesh(config.model, mesh)
+    check_tokens(config.batch_shape.tokens, "config.update.row_tokens", mesh)
     check_rows(config.update.micro_batch_rows, "config.update.micro_batch_rows", mesh)
     if engine is not None and config.rollout.replay:
         raise UserError("config.rollout.replay: stands in for an engine, and one was given; leave one of the two out")
@@ -492,7 +502,6 @@ def open_run(
     optimizer = make_optimizer(config.optimizer)
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     # After everything that a user may have to mend in the config.
-    hosts.preflight(folder, to_dict(config))
     hosts.from_first(lambda: report.claim_run_folder(folder, config, apart=("servers", "mesh", "hosts")))
     hosts.from_first(lambda: save_tokenizer(config.tokenizer, folder / HUGGINGFACE))
     reference = None
@@ -522,10 +531,11 @@ def open_run(
         stack.callback(sinks.close)
         scorer = stack.enter_context(open_scorer(config, questions))
         rollout, position = config.rollout, (meta.get("cursor", 0), meta.get("carried", ()))
+        seed = noise_seed(state.key)  # here, where all processes compute it
 
         def ahead(engine: Engine) -> Ahead:
             prompts = Ahead(
-                engine, source, config.sampling, noise_seed(state.key), rollout.prompts, rollout.responses,
+                engine, source, config.sampling, seed, rollout.prompts, rollout.responses,
                 rollout.staleness, rollout.unfinished, *position,
             )  # fmt: skip
             stack.callback(prompts.close)

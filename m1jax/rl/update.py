@@ -5,7 +5,7 @@
         clip, AdamW; an update without a live token changes nothing
 
 The anchor of the importance ratio is frozen before the first update. The loss is a plain sum over tokens, so the cut
-into micro-batches changes no gradient.
+into micro-batches changes no gradient; that of the balance loss is one sum for each micro-batch, over all its devices.
 """
 
 from __future__ import annotations

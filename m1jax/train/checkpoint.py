@@ -33,7 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from m1jax.errors import UserError
-from m1jax.train.hosts import from_first
+from m1jax.train.hosts import exchange, from_first
 from m1jax.types import Params
 
 STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
@@ -78,23 +78,37 @@ class Checkpoints:
         meta = json.loads(json.dumps(meta))  # here, so that what is not JSON fails with the caller's traceback
         staging = self._dir / f"{_SAVING}{step:08d}"
         from_first(lambda: shutil.rmtree(staging, ignore_errors=True))
+        if jax.process_count() > 1:
+            self._save_together(step, staging, tree, meta)
+            return
         try:
             self._orbax.save(staging / STATE, jax.tree.map(_array, tree))
         except Exception as error:
             raise self._failure(error, staging) from error
-        if jax.process_count() > 1:
-            self._orbax.wait_until_finished()
-
-            def finish() -> None:
-                self._finish(step, staging, meta)
-                self.wait()
-
-            from_first(finish)
-            return
         self._thread = threading.Thread(target=self._finish, args=(step, staging, meta), name=f"save-{step}")
         self._thread.start()
         if wait:
             self.wait()
+
+    def _save_together(self, step: int, staging: Path, tree: Any, meta: Mapping[str, Any]) -> None:
+        """All processes write what they hold; the first does the rest, once everybody has."""
+        problem: BaseException | None = None
+        try:
+            self._orbax.save(staging / STATE, jax.tree.map(_array, tree))
+            self._orbax.wait_until_finished()
+        except Exception as error:
+            problem = error
+        full = any(exchange(is_disk_full(problem)))
+        failed = any(exchange(problem is not None))
+
+        def finish() -> None:
+            if failed:
+                told = OSError(errno.ENOSPC, "No space left on device") if full else problem
+                raise self._failure(told or RuntimeError("another process could not save"), staging)
+            self._finish(step, staging, meta)
+            self.wait()
+
+        from_first(finish)
 
     def wait(self) -> None:
         """Return when no save is in flight; raise what the last one failed with (once)."""

@@ -16,6 +16,7 @@ import os
 import pickle
 import platform
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -75,12 +76,15 @@ def exchange(value: T) -> list[T]:
         return [value]
     from jax.experimental import multihost_utils
 
-    data = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array([data.size], np.int32))).reshape(-1)
-    padded = np.zeros(_room(int(sizes.max())), np.uint8)
-    padded[: data.size] = data
-    everything = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
-    return [pickle.loads(row[:size].tobytes()) for row, size in zip(everything, sizes, strict=True)]
+    data = pickle.dumps(value)
+    sizes = _sizes(multihost_utils.process_allgather(_split(len(data))))
+    parts: list[list[bytes]] = [[] for _ in sizes]
+    for piece in _pieces(data, max(sizes)):
+        for part, row in zip(
+            parts, np.asarray(multihost_utils.process_allgather(piece)).reshape(len(sizes), -1), strict=True
+        ):
+            part.append(row.tobytes())
+    return [pickle.loads(b"".join(part)[:size]) for part, size in zip(parts, sizes, strict=True)]
 
 
 def from_first(make: Callable[[], T]) -> T:
@@ -98,25 +102,41 @@ def from_first(make: Callable[[], T]) -> T:
             data = pickle.dumps((value, None))
         except Exception as raised:
             error, data = raised, pickle.dumps((None, _portable(raised)))
-    size = int(multihost_utils.broadcast_one_to_all(np.array(len(data), np.int32)))
-    padded = np.zeros(_room(size), np.uint8)
-    padded[: len(data)] = np.frombuffer(data, np.uint8)
-    sent = np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8)[:size]
+    (size,) = _sizes(multihost_utils.broadcast_one_to_all(_split(len(data))))
+    sent = [np.asarray(multihost_utils.broadcast_one_to_all(p)).astype(np.uint8) for p in _pieces(data, size)]
     if not is_first():
-        value, error = pickle.loads(sent.tobytes())
+        value, error = pickle.loads(b"".join(piece.tobytes() for piece in sent)[:size])
     if error is not None:
         raise error
     return value
 
 
+PIECE = 1 << 26
+"""Bytes of a message that go at once: all processes hold as many of each, beside everything else."""
+
+
+def _pieces(data: bytes, size: int) -> Iterator[np.ndarray]:
+    """`data` in pieces for messages of `size` bytes, zeros behind its end; of few lengths, each is compiled once."""
+    for start in range(0, max(size, 1), PIECE):
+        left = min(size - start, PIECE)
+        piece = np.zeros(1 << max(left - 1, 255).bit_length(), np.uint8)
+        mine = np.frombuffer(data[start : start + PIECE], np.uint8)
+        piece[: mine.size] = mine
+        yield piece
+
+
+def _split(size: int) -> np.ndarray:
+    """A number of bytes as two int32, since JAX knows no int64 by default."""
+    return np.array([size >> 30, size & ((1 << 30) - 1)], np.int32)
+
+
+def _sizes(pairs: Any) -> list[int]:
+    return [(int(high) << 30) + int(low) for high, low in np.asarray(pairs).reshape(-1, 2)]
+
+
 def anywhere(flag: bool) -> bool:
     """Whether it holds in any process."""
     return flag if jax.process_count() == 1 else any(exchange(bool(flag)))
-
-
-def _room(size: int) -> int:
-    """The next power of two: messages of every size would each be compiled anew."""
-    return 1 << max(size - 1, 255).bit_length()
 
 
 def _portable(error: Exception) -> Exception:
@@ -129,7 +149,18 @@ def _portable(error: Exception) -> Exception:
 
 # -- before a run ------------------------------------------------------------------------------------------------
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "reasoning-gym", "math-verify")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "numpy",
+    "reasoning-gym",
+    "math-verify",
+)
 
 
 def preflight(folder: Path, config: Mapping[str, Any]) -> None:
@@ -143,6 +174,7 @@ def preflight(folder: Path, config: Mapping[str, Any]) -> None:
     facts = {
         "Python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
+        "the commit": _commit(),
         "the code of m1jax": f"{_code():08x}",
         "the config": f"{zlib.crc32(json.dumps(config, sort_keys=True).encode()):08x}",
         "devices of a process": f"{jax.local_device_count()} {jax.local_devices()[0].device_kind}",
@@ -170,7 +202,8 @@ def _check_shared(folder: Path, names: list[str]) -> None:
     except OSError as error:
         problem = f"cannot write there ({error.strerror})"
     problems = exchange(problem)
-    missing = from_first(lambda: [n for n in range(len(names)) if not _appears(folder / FOLDER / f".{token}-{n:05d}")])
+    marks = [folder / FOLDER / f".{token}-{n:05d}" for n in range(len(names))]
+    missing = from_first(lambda: _absent(marks))
     mark.unlink(missing_ok=True)
     for number, (host, problem) in enumerate(zip(names, problems, strict=True)):
         if not problem and number in missing:
@@ -181,14 +214,14 @@ def _check_shared(folder: Path, names: list[str]) -> None:
             )
 
 
-def _appears(path: Path, seconds: float = 10.0) -> bool:
-    """Whether a file is there, or comes to be soon: a network file system takes a moment."""
+def _absent(paths: list[Path], seconds: float = 10.0) -> list[int]:
+    """Which of some files do not come to be there soon: a network file system takes a moment."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
+    while missing := [n for n, path in enumerate(paths) if not path.exists()]:
         if time.monotonic() > deadline:
-            return False
+            break
         time.sleep(0.1)
-    return True
+    return missing
 
 
 def _version(package: str) -> str:
@@ -196,6 +229,15 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _commit() -> str:
+    """Of the checkout that this runs from; "unknown" where it is none."""
+    command = ["git", "-C", str(Path(__file__).parents[2]), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def _code() -> int:
@@ -246,7 +288,7 @@ class Watchdog:
         self.folder, self.index, self.count = folder / FOLDER, jax.process_index(), jax.process_count()
         self.found, self._explaining = "", False
         self._signs = {n: _Sign(heard=time.monotonic(), since=time.monotonic()) for n in range(self.count)}
-        self._over, self._beat = threading.Event(), 0
+        self._over, self._beat, self._deaf, self._listened = threading.Event(), 0, False, time.monotonic()
         self._run = from_first(lambda: uuid.uuid4().hex[:8])  # files of an earlier start say nothing of this one
         self.folder.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -272,6 +314,7 @@ class Watchdog:
             if self.found:
                 # The main thread gets a moment to come to the same end by an error of its own, and to say more.
                 if not self._over.wait(GRACE_S) and not self._explaining:
+                    sys.stdout.flush()
                     print(f"error: {self.found}", file=sys.stderr, flush=True)
                     self.leave(75)
                 return
@@ -284,11 +327,18 @@ class Watchdog:
         try:
             staging.write_text(json.dumps(sign | {"step": self.clock.step}))
             staging.replace(path)
+            self._deaf = False
         except OSError:
-            pass  # a full disk or a slow network is no reason to end a run; the others will see no sign
+            self._deaf = True  # a disk that is full or gone is no reason to end a run: nothing is concluded from it
 
     def _listen(self) -> None:
-        now = time.monotonic()
+        now, before = time.monotonic(), self._listened
+        self._listened = now
+        # While nobody can write, or a read hangs with the file system, silence says nothing of the others.
+        if self._deaf or now - before > max(5 * self.beat_s, self.config.lost_s / 3):
+            for sign in self._signs.values():
+                sign.heard += now - before
+                sign.since += now - before
         for number, sign in self._signs.items():
             try:
                 heard = json.loads((self.folder / f"{number:05d}.json").read_text())
@@ -313,14 +363,15 @@ class Watchdog:
         return ""
 
     def _stuck(self, now: float) -> str:
-        """Nobody has left its stage for too long: who is behind the others, or alone in a stage, is the cause."""
+        """Nobody has left its stage for too long: the one that entered its own before the others entered theirs."""
         if min(now - sign.since for sign in self._signs.values()) < self.config.stall_s:
             return ""
-        places = [(sign.step, sign.stage) for sign in self._signs.values()]
-        behind = min(self._signs.values(), key=lambda s: (s.step, places.count((s.step, s.stage))))
+        number, behind = min(self._signs.items(), key=lambda item: (item[1].step, item[1].since))
         told = "; ".join(f"process {number} {sign}" for number, sign in self._signs.items())
+        alike = len({(sign.step, sign.stage) for sign in self._signs.values()}) == 1
+        who = "all hosts stall, none before the others," if alike else f"host {behind.host} (process {number}) stalls"
         return (
-            f"host {behind.host} stalls in {behind.stage} of step {behind.step}: no process has left its stage for "
+            f"{who} in {behind.stage} of step {behind.step}: no process has left its stage for "
             f"{self.config.stall_s:.0f} s ({told}); the last checkpoint stays"
         )
 

@@ -31,7 +31,7 @@ from m1jax.mesh import MeshConfig
 from m1jax.model.config import KernelConfig, ModelConfig
 from m1jax.model.kernels import check_kernels
 from m1jax.model.transformer import parameter_specs
-from m1jax.sharding import check_rows, deal, make_mesh, on_mesh, placed
+from m1jax.sharding import check_rows, check_tokens, deal, make_mesh, on_mesh, placed
 from m1jax.train import hosts, report
 from m1jax.train.checkpoint import Checkpoints, steps
 from m1jax.train.clock import Clock
@@ -196,7 +196,9 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
         UserError, NonFinite, Interrupted: as `m1jax.rl.loop.train`.
     """
     folder, mesh = Path(workdir), make_mesh(config.mesh)
+    hosts.preflight(folder, to_dict(config))
     model = on_mesh(config.model, mesh)
+    check_tokens(config.rows.tokens, "config.rows.tokens", mesh)
     check_rows(config.rows.micro_batch_rows, "config.rows.micro_batch_rows", mesh)
     check_kernels(config.model)
     sequences = Sequences(config)
@@ -208,7 +210,6 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     update = make_supervised_update(config.model, optimizer, mesh, router=config.router)
     # After everything that a user may have to mend in the config.
-    hosts.preflight(folder, to_dict(config))
     hosts.from_first(lambda: report.claim_run_folder(folder, config, apart=("mesh", "hosts")))
     hosts.from_first(lambda: save_tokenizer(config.tokenizer, folder / HUGGINGFACE))
     step, cursor, seconds = 0, 0, {}

@@ -92,7 +92,9 @@ def test_memory_follows_what_is_dealt_out():
     ("flags", "message"),
     [
         (["--aot=v5p:8x8x8"], "which run? give its --config"),
-        (["--aot=h100:8", "--config=configs/rl_m1.py"], "known are v5p, v5e, v6e"),
+        (["--aot=a100:8", "--config=configs/rl_m1.py"], "known are h100, v5p, v5e, v6e"),
+        (["--aot=h100:many", "--config=configs/rl_m1.py"], "write how many, h100:512"),
+        (["--mesh", "fsdp=2"], "give --aot=TOPOLOGY with them"),
         (["--aot=v5p:8x8x8", "--mesh", "depth=2", "--config=configs/rl_m1.py"], "is no layout"),
     ],
 )

@@ -7,9 +7,10 @@ import threading
 import time
 
 import jax
+import numpy as np
 import pytest
 
-from m1jax.errors import HostLost, UserError
+from m1jax.errors import HostLost, NonFinite, UserError
 from m1jax.train import hosts
 from m1jax.train.clock import Clock
 from m1jax.train.hosts import HostsConfig, Watchdog, preflight, watched
@@ -52,7 +53,8 @@ def test_what_differs_is_named_with_both_hosts(tmp_path, two, fact):
 
 def test_a_folder_that_is_not_shared_is_refused(tmp_path, two, monkeypatch):
     two |= {"folder": tmp_path, "writes": False}
-    monkeypatch.setattr(hosts, "_appears", lambda path, seconds=0: path.exists())
+    absent = hosts._absent
+    monkeypatch.setattr(hosts, "_absent", lambda paths: absent(paths, 0.1))
     with pytest.raises(UserError, match=r"host there \(process 1\) writes into another folder of that name; give a"):
         preflight(tmp_path, {})
     two |= {"problem": "cannot write there (Permission denied)"}
@@ -136,9 +138,56 @@ def test_a_stage_that_nobody_leaves_is_told_with_who_stalls(tmp_path, two, clock
     assert wait(lambda: left) == [75]
     peer.die()
     said = capsys.readouterr().err
-    assert "host there stalls in reward of step 2: no process has left its stage for 1 s" in said
+    assert "host there (process 1) stalls in reward of step 2: no process has left its stage for 1 s" in said
     assert "in update of step 3" in said
     dog.close()
+
+
+def test_of_two_in_one_step_the_one_that_did_not_go_on_stalls(tmp_path, two, clock, capsys, monkeypatch):
+    monkeypatch.setattr(hosts, "GRACE_S", 0.1)
+    left: list[int] = []
+    clock.step, clock.running = 3, "reward"
+    dog = Watchdog(tmp_path, HostsConfig(lost_s=60, stall_s=0.8), clock, left.append, beat_s=0.02)
+    peer = Peer(tmp_path, dog._run, "reward", 3)
+    time.sleep(0.4)
+    clock.running = "update"
+    assert wait(lambda: left) == [75]
+    peer.die()
+    assert "host there (process 1) stalls in reward of step 3" in capsys.readouterr().err
+    dog.close()
+
+
+def test_while_the_folder_cannot_be_written_silence_says_nothing(tmp_path, two, clock, monkeypatch):
+    left: list[int] = []
+    dog = Watchdog(tmp_path, HostsConfig(lost_s=0.5), clock, left.append, beat_s=0.02)
+    write = type(tmp_path).write_text
+
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    time.sleep(1.5)
+    assert dog.found == "" and left == []
+    monkeypatch.setattr(type(tmp_path), "write_text", write)
+    assert wait(lambda: dog.found), "and then it does"
+    dog.close()
+
+
+def test_messages_are_cut_and_joined():
+    """As large as they are, the pieces have few lengths, and no byte is lost."""
+    for size in (0, 1, 255, 256, 257, hosts.PIECE - 1, hosts.PIECE, hosts.PIECE + 1, 2 * hosts.PIECE + 5):
+        data = np.random.default_rng(size).bytes(min(size, 300)) * (size // 300 + 1)
+        pieces = list(hosts._pieces(data[:size], size))
+        assert b"".join(piece.tobytes() for piece in pieces)[:size] == data[:size]
+        assert all(piece.size & (piece.size - 1) == 0 for piece in pieces)
+        assert len(list(hosts._pieces(b"", size))) == len(pieces), "who has nothing to say takes part all the same"
+    assert hosts._sizes([hosts._split(5 << 31), hosts._split(7)]) == [5 << 31, 7]
+
+
+@pytest.mark.parametrize("error", [NonFinite(3, "update", "train/loss"), UserError("a: b"), HostLost("c")])
+def test_errors_arrive_as_they_were_raised(error):
+    arrived = hosts._portable(error)
+    assert type(arrived) is type(error) and str(arrived) == str(error)
 
 
 def test_signs_of_an_earlier_start_are_none(tmp_path, two, clock, monkeypatch):
