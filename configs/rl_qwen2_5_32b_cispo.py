@@ -5,8 +5,8 @@ r"""CISPO on Qwen2.5-32B-base: the set-up of MiniMax-M1's Figure 2 (arXiv 2506.1
         --init_from=runs/qwen2_5_32b
 
 Its rivals: rl_qwen2_5_32b_dapo.py and rl_qwen2_5_32b_grpo.py. Claim to check: CISPO reaches DAPO's score in half the
-steps. Never run here, and not yet to be run: float32 parameters, their gradients and AdamW's moments are 524 GB, which
-one device has to hold until parameters are sharded. DAPO took 128 H20 GPUs (its project page).
+steps. Never run here: float32 parameters, their gradients and AdamW's moments are 524 GB, which --config.mesh.data=1
+--config.mesh.fsdp=0 deals out to all devices. DAPO took 128 H20 GPUs (its project page).
 
 The paper names model, data, zero-RL, AIME 2024 as the test and 16 updates for each generation batch, no more. What it
 does not say is taken from DAPO (arXiv 2503.14476, section 4.1), whose data and base model these are. "Our choice" marks

@@ -15,6 +15,8 @@ import pytest
 
 from m1jax.train.checkpoint import steps
 from m1jax.train.leaf_store import StoredLeaves
+from m1jax.weights.hf_folder import HFFolder
+from tests.sglang_double import Double
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -128,6 +130,25 @@ def test_two_processes_sample_what_one_does(alone):
                 np.testing.assert_allclose(pair[key], one[key], rtol=0, atol=2e-5, err_msg=key)
             else:
                 np.testing.assert_array_equal(pair[key], one[key], key)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_asks_the_servers_and_gives_them_the_weights(tmp_path):
+    with Double(vocab_size=512) as server:
+        job = start(tmp_path / "job", 2, f"--config.servers.urls=('{server.url}',)", "--config.steps=2",
+                    "--config.servers.patience_s=60", "--config.mesh.data=1", "--config.mesh.fsdp=2")  # fmt: skip
+        code, said = finish(job)
+        assert code == 0, said
+        asked = [r for r in server.received if r.path == "/generate" and "extra_key" in r.body]
+        given = [r.body["weight_version"] for r in server.received if r.path == "/update_weights_from_disk"]
+    assert [label[:8] for label in given] == ["00000000", "00000001", "00000002"], "once each, by the first"
+    assert len(asked) >= 2 * 16 and {r.body["extra_key"] for r in asked} == set(given)
+    rows = [json.loads(line) for line in (tmp_path / "job" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and rows[1]["engine/requests"] >= 16
+    # What the servers were given are the parameters of both processes, joined.
+    stored = StoredLeaves(tmp_path / "job" / "checkpoints" / "00000002" / "state").read(("embedding",))
+    served = HFFolder(next((tmp_path / "job" / "weights").glob("00000002-*")))
+    np.testing.assert_array_equal(served.read("model.embed_tokens.weight"), stored)
 
 
 @pytest.mark.slow
