@@ -4,7 +4,7 @@
 
 A supervised update of the tiny model, one row; programs of all lengths take turns. Compilations are without the cache.
 Memory is that of a process of its own that converts a Hugging Face folder into a checkpoint. Prints tables and writes
-growth.json. Some eight minutes on two cores.
+growth.json. Some twenty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def depth(layers: Sequence[int], rounds: int) -> list[dict[str, Any]]:
 
 
 def memory(layers: Sequence[int]) -> list[dict[str, Any]]:
-    """Most bytes that a process has of its own which converts a folder into a checkpoint, by the bytes of the folder."""
+    """Most bytes of its own that a process has which converts a folder into a checkpoint, by the bytes of the folder."""
     rows = []
     with tempfile.TemporaryDirectory() as place:
         for n in layers:
