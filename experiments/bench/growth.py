@@ -139,7 +139,7 @@ def depth(layers: Sequence[int], rounds: int) -> list[dict[str, Any]]:
 
 
 def memory(layers: Sequence[int]) -> list[dict[str, Any]]:
-    """Most bytes of its own that a process has which converts a folder into a checkpoint, by the bytes of the folder."""
+    """Most bytes of its own of a process that converts a folder into a checkpoint, by the bytes of the folder."""
     rows = []
     with tempfile.TemporaryDirectory() as place:
         for n in layers:

@@ -1,5 +1,7 @@
 """The schedule, by hand: its unit is an update, and the first one is not lost."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -51,7 +53,7 @@ def test_adamw_is_the_formula_with_moments_of_any_dtype(moments, parameters):
     config = OptimizerConfig(learning_rate=0.1, b1=0.9, b2=0.95, eps=1e-15, weight_decay=0.01, max_grad_norm=1e9,
                              moments=moments)  # fmt: skip
     rng = np.random.default_rng(0)
-    params = jnp.asarray(rng.normal(size=50), parameters)
+    params: Any = jnp.asarray(rng.normal(size=50), parameters)
     optimizer, p = make_optimizer(config), np.asarray(params, np.float64)
     state = optimizer.init(params)
     m, v = np.zeros(50), np.zeros(50)
@@ -66,7 +68,7 @@ def test_adamw_is_the_formula_with_moments_of_any_dtype(moments, parameters):
         m, v = (x.astype(stored).astype(np.float64) for x in (m, v))
         p = p.astype(params.dtype).astype(np.float64)
     for name, x in (("mu", m), ("nu", v)):
-        found = optax.tree.get(state, name)
+        found: Any = optax.tree.get(state, name)
         assert found.dtype == stored
         ulps = 3e-6 if stored == np.float32 and parameters == "float32" else 2**-6
         np.testing.assert_allclose(np.asarray(found, np.float64), x, rtol=ulps, atol=1e-30)
