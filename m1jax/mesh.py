@@ -106,7 +106,9 @@ class MeshConfig:
         if open_axis is None and given != devices:
             raise ValueError(f"{shown} makes {given} devices, and there are {devices}; set one of them to 0")
         if devices % given:
-            raise ValueError(f"{shown} is for a multiple of {given} devices, and there are {devices}")
+            raise ValueError(
+                f"{shown} is for a multiple of {given} devices, and there are {devices}; choose factors of that"
+            )
         return self if open_axis is None else dataclasses.replace(self, **{open_axis: devices // given})
 
     def of_sizes(self, sizes: Mapping[str, int]) -> MeshConfig:

@@ -11,7 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from m1jax.config import build
+from m1jax.errors import UserError
 from m1jax.mesh import AXES, RULES, MeshConfig, axes_of, flat
+from m1jax.rl.settings import RLConfig
+from tests import runs
 from tests.mesh_child import MESHES
 from tests.model import golden
 
@@ -159,6 +163,28 @@ def test_no_two_dimensions_of_a_parameter_lie_along_one_axis():
 def test_devices_that_cannot_be_laid_out_are_refused(sizes, devices, message):
     with pytest.raises(ValueError, match=message):
         MeshConfig(**sizes).on(devices)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(tensor=4), "config.mesh.tensor: 4 devices do not divide model.num_kv_heads, 2; choose a divisor"),
+        (dict(fsdp=3), "config.mesh.fsdp: 3 devices do not divide model.hidden_size, 40"),
+        (dict(fsdp=4, context=4), "config.mesh.fsdp x mesh.context: 16 devices do not divide model.hidden_size, 40"),
+        (dict(expert=3), "config.mesh.expert: 3 devices do not divide model.num_experts, 4"),
+        (dict(tensor=2, fsdp=0), "config.mesh.fsdp: 0, as data; only one axis can take what is left"),
+        (dict(expert_exchange="mail"), "config.mesh.expert_exchange: 'mail' must be one of"),
+        (dict(context=7), "config.mesh.context: 7 devices cannot share the 24 tokens of a row evenly"),
+    ],
+)
+def test_a_model_that_cannot_be_dealt_out_is_refused_with_both_numbers(tmp_path, sizes, message):
+    model = dict(hidden_size=40, num_heads=4, num_kv_heads=2, num_experts=4, experts_per_token=2)
+    if "context" in sizes and "fsdp" not in sizes:
+        model["hidden_size"] = 42
+    values = runs.rl_values(tmp_path) | {"mesh": sizes, "update": dict(updates_per_batch=1, row_tokens=24)}
+    with pytest.raises(UserError) as error:
+        build(RLConfig, values | {"model": values["model"] | model})
+    assert str(error.value).startswith(message)
 
 
 def test_the_open_axis_takes_what_is_left():

@@ -167,7 +167,8 @@ class ModelConfig:
             for name in names:
                 if devices and getattr(self, name) % devices:
                     told = " x ".join(f"mesh.{axis}" for axis in axes if getattr(self.mesh, axis) > 1)
-                    raise ValueError(f"{told}: {devices} devices do not divide model.{name}, {getattr(self, name)}")
+                    size = getattr(self, name)
+                    raise ValueError(f"{told}: {devices} devices do not divide model.{name}, {size}; choose a divisor")
 
     @property
     def num_periods(self) -> int:
