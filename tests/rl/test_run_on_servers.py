@@ -49,7 +49,7 @@ def rows(folder) -> list[dict]:
 def test_a_run_records_what_the_servers_went_through(tmp_path):
     said = []
     with double() as a, double() as b:
-        result = train(config(tmp_path, a, b), tmp_path / "run", log=said.append)
+        result = train(config(tmp_path, a, b, servers=dict(stall_s=60.0)), tmp_path / "run", log=said.append)
         assert [row["step"] for row in result.metrics] == [0, 1, 2, 3]
         for row in result.metrics[1:]:
             assert row["engine/servers"] == 2 and row["engine/faults"] == 0 and row["engine/requests"] >= 32
