@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from m1jax.config import build
 from m1jax.errors import UserError
 from m1jax.mesh import AXES, RULES, MeshConfig, axes_of, flat
 from m1jax.rl.settings import RLConfig
+from m1jax.sharding import check_rows, check_tokens
 from tests import runs
 from tests.mesh_child import MESHES
 from tests.model import golden
@@ -185,6 +187,19 @@ def test_a_model_that_cannot_be_dealt_out_is_refused_with_both_numbers(tmp_path,
     with pytest.raises(UserError) as error:
         build(RLConfig, values | {"model": values["model"] | model})
     assert str(error.value).startswith(message)
+
+
+def test_rows_and_tokens_that_the_devices_do_not_divide_are_refused():
+    """By the mesh that there is: a config whose open axis is one of these cannot know it."""
+    mesh = AbstractMesh((1, 2, 2, 4, 1), AXES)
+    check_rows(8, "config.rows", mesh)
+    with pytest.raises(UserError, match="config.rows: 6 rows cannot be dealt out to 4 devices; choose 4 or 8"):
+        check_rows(6, "config.rows", mesh)
+    check_tokens(48, "config.tokens", mesh)
+    with pytest.raises(
+        UserError, match="config.tokens: 50 tokens of a row cannot be dealt out to 4 devices along mesh"
+    ):
+        check_tokens(50, "config.tokens", mesh)
 
 
 def test_the_open_axis_takes_what_is_left():

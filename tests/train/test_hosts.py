@@ -85,7 +85,7 @@ class Peer:
     def __init__(self, folder, run: str, stage: str = "update", step: int = 3):
         self.folder, self.run, self.stage, self.step = folder, run, stage, step
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._live)
+        self._thread = threading.Thread(target=self._live, daemon=True)  # a test that fails does not end it
         self._thread.start()
 
     def _live(self):
