@@ -35,6 +35,7 @@ from ml_collections import ConfigDict
 from m1jax.config import build
 from m1jax.errors import EngineLost, HostLost, NonFinite, UserError
 from m1jax.model.config import ModelConfig
+from m1jax.train.hosts import together
 from m1jax.train.interrupt import Interrupted
 
 MICRO_BATCH = "the micro_batch_rows of the stage that ran (config.update in RL, config.rows in SFT)"
@@ -72,9 +73,8 @@ def run(
     argv = sys.argv[1:]
 
     def body() -> None:
-        arguments = parse(argv, add_flags)
         join_hosts()
-        main(arguments)
+        main(together(lambda: parse(argv, add_flags)))
 
     try:
         code = guard(body, _command(argv), memory)
@@ -83,10 +83,7 @@ def run(
             raise
         traceback.print_exc()
         code = 1
-    if code and os.environ.get(PROCESSES):  # the way out of a job waits for all the others, and one may be gone
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    leave_hosts(code)
     sys.exit(code)
 
 
@@ -120,6 +117,35 @@ def join_hosts() -> None:
     except (RuntimeError, ValueError) as error:
         told = str(error).strip().split("\n")[0][:200]
         raise UserError(f"the processes of this job did not find each other: {told}") from error
+
+
+LAST_S = 10.0
+"""Seconds that the first process of a job which failed stays, for the others to say what they have to say."""
+
+
+def leave_hosts(code: int) -> None:
+    """Leave the job with an exit code, where this is a process of one: the first process last.
+
+    It keeps the service without which JAX aborts the others, whatever they are at (exit code 134).
+    """
+    if not os.environ.get(PROCESSES):
+        return
+    import jax
+    from jax._src import distributed  # the public part has no word for "until the others have left"
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    client = distributed.global_state.client
+    if client is not None:
+        try:
+            client.wait_at_barrier("m1jax: the end", int(1000 * (LAST_S if code else 600.0)))
+            if jax.process_index() == 0:
+                client.get_live_nodes(list(range(jax.process_count())))  # returns when the others have left
+            jax.distributed.shutdown()
+        except RuntimeError:  # another is gone, or busy still: whoever failed does not wait for it any longer
+            pass
+    if code:  # the ordinary way out waits for threads, and one of them may wait for a host that is gone
+        os._exit(code)
 
 
 def exit_with(main: Callable[[list[str]], None], memory: str = MICRO_BATCH, uses_jax: bool = True) -> NoReturn:

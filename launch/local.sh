@@ -82,7 +82,9 @@ while true; do
         done
         wait "${pids[$i]}" 2>/dev/null && status=0 || status=$?
         if [ "$status" != 0 ]; then
-            echo "process $i ended with code $status, see $logs/$i.log" >&2
+            why=''
+            if [ "$status" = 134 ]; then why=' (aborted by JAX: the first process, which all need, is gone)'; fi
+            echo "process $i ended with code $status$why, see $logs/$i.log" >&2
             case $status in
             1 | 2) code=$status ;;
             75) if [ "$code" != 1 ] && [ "$code" != 2 ]; then code=75; fi ;;

@@ -87,6 +87,7 @@ while kill -0 "$trainer" 2>/dev/null; do
     wait "$trainer" || true # a signal to this script ends a wait, not the step
 done
 wait "$trainer" || code=$?
+if [ "$code" = 134 ]; then echo "aborted by JAX: the first process, which all need, is gone, see $logs/0.log" >&2; fi
 # 1 and 2 would end the same again. All else is a host that was lost, or asks for it (75).
 if [ "$code" -gt 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "${RESTARTS:-100}" ]; then
     scontrol requeue "$SLURM_JOB_ID"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -130,6 +131,45 @@ def test_two_processes_sample_what_one_does(alone):
                 np.testing.assert_allclose(pair[key], one[key], rtol=0, atol=2e-5, err_msg=key)
             else:
                 np.testing.assert_array_equal(pair[key], one[key], key)
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_its_first_process_ends_and_says_so(alone):
+    """JAX aborts the others at once, whatever our watchdog would say: the script tells why, and starts them again."""
+    job = alone / "headless"
+    two = start(job, 2, f"--replay={alone / 'sampled'}", "--config.steps=3", RESTARTS="1")
+    reaches(job, 1, two)
+    os.kill(json.loads((job / "hosts" / "00000.json").read_text())["pid"], signal.SIGKILL)
+    code, said = finish(two)
+    assert code == 0 and "process 0 ended with code 137" in said, said
+    assert "process 1 ended with code 134 (aborted by JAX: the first process, which all need, is gone)" in said
+    assert "starting all 2 processes again from the last checkpoint, 0 further times at the most" in said
+    assert f"resumed {job} after step " in said
+    assert largest_difference(job, alone / "alone", 3) < 1e-5
+
+
+@pytest.mark.slow
+def test_what_one_host_lacks_ends_all_with_its_name(tmp_path, alone):
+    """A checkpoint that one of two hosts does not see: neither goes on, nor waits."""
+    port = socket.create_server(("127.0.0.1", 0)).getsockname()[1]
+    flags = ("--init_from=start", f"--workdir={tmp_path / 'job'}", "--config.steps=1")
+    command = (sys.executable, "-m", "experiments.train_rl", f"--config={ROOT / FLAGS[1]}", *flags)
+    own = {"M1JAX_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
+    jobs = []
+    for process in range(2):
+        here = tmp_path / f"host{process}"
+        here.mkdir()
+        (here / "configs").symlink_to(ROOT / "configs")
+        if process == 0:
+            (here / "start").symlink_to(alone / "alone")
+        environment = os.environ | own | {"M1JAX_PROCESS": str(process), "JAX_NUM_CPU_DEVICES": "1"}
+        jobs.append(subprocess.Popen(command, cwd=here, env=environment, stderr=subprocess.PIPE, text=True))
+    ended = [(job.communicate(timeout=120)[1], job.returncode) for job in jobs]
+    lacks = "start: no such folder"
+    assert [code for _, code in ended] == [2, 2], ended
+    assert (
+        f"error: host {socket.gethostname()} (process 1): {lacks}" in ended[0][0] and f"error: {lacks}" in ended[1][0]
+    )
 
 
 @pytest.mark.slow

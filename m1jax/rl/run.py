@@ -486,7 +486,7 @@ def open_run(
         prompts = config.rollout.engine_rows // config.rollout.responses
         check_rows(prompts, "config.rollout.engine_rows / responses", mesh, engine_local.ROWS)
 
-    questions = open_questions(config)
+    questions = hosts.together(lambda: open_questions(config))
     problems = TrainProblems(
         questions.tasks, config.problems.heldout_share, config.problems.per_task, config.seed, parse_mix(config.tasks)
     )
@@ -494,7 +494,8 @@ def open_run(
     source = PromptSource(problems, questions.tokenize, config.problems.max_prompt_tokens, config.seed, distinct)
 
     if params is None and config.init_from and not steps(folder / "checkpoints"):
-        params, meta = init_params(config.init_from, config.model, placed(mesh, parameter_specs(model)), log)
+        place = placed(mesh, parameter_specs(model))
+        params, meta = hosts.together(lambda: init_params(str(config.init_from), config.model, place, log))
         check_heldout(config, meta)
     heldout = questions.heldout
     if config.rollout.replay:
@@ -542,7 +543,8 @@ def open_run(
             return prompts
 
         if engine is None and config.servers is not None:
-            servers = server_engine(config, questions, folder, log) if hosts.is_first() else None
+            ask = partial(server_engine, config, questions, folder, log)
+            servers = hosts.together(lambda: ask() if hosts.is_first() else None)
             if servers is not None:
                 stack.callback(servers.close)
             engine, prompts = led(servers, config.model, ahead)

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -132,6 +132,22 @@ def _split(size: int) -> np.ndarray:
 
 def _sizes(pairs: Any) -> list[int]:
     return [(int(high) << 30) + int(low) for high, low in np.asarray(pairs).reshape(-1, 2)]
+
+
+def together(make: Callable[[], T]) -> T:
+    """What `make` returns in this process; a UserError of one process ends all, with its host's name before it."""
+    value, problem = None, None
+    try:
+        value = make()
+    except UserError as error:
+        problem = error
+    told = exchange(None if problem is None else (socket.gethostname(), str(problem)))
+    if problem is not None:
+        raise problem
+    for number, said in enumerate(told):
+        if said is not None:
+            raise UserError(f"host {said[0]} (process {number}): {said[1]}")
+    return cast(T, value)
 
 
 def anywhere(flag: bool) -> bool:
@@ -313,7 +329,9 @@ class Watchdog:
             self._listen()
             if self.found:
                 # The main thread gets a moment to come to the same end by an error of its own, and to say more.
-                if not self._over.wait(GRACE_S) and not self._explaining:
+                # The first leaves last: with it goes the service without which JAX aborts the others.
+                grace = GRACE_S if self.index else 2 * GRACE_S
+                if not self._over.wait(grace) and not self._explaining:
                     sys.stdout.flush()
                     print(f"error: {self.found}", file=sys.stderr, flush=True)
                     self.leave(75)

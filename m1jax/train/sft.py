@@ -201,12 +201,13 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     check_tokens(config.rows.tokens, "config.rows.tokens", mesh)
     check_rows(config.rows.micro_batch_rows, "config.rows.micro_batch_rows", mesh)
     check_kernels(config.model)
-    sequences = Sequences(config)
+    sequences = hosts.together(lambda: Sequences(config))
     optimizer = make_optimizer(config.optimizer)
     fresh = not steps(folder / "checkpoints")
     params = None
     if config.init_from and fresh:
-        params, _ = init_params(config.init_from, config.model, placed(mesh, parameter_specs(model)), log)
+        place = placed(mesh, parameter_specs(model))
+        params, _ = hosts.together(lambda: init_params(str(config.init_from), config.model, place, log))
     state = init_state(config.seed, config.model, optimizer, mesh, params)
     update = make_supervised_update(config.model, optimizer, mesh, router=config.router)
     # After everything that a user may have to mend in the config.
