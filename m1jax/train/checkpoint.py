@@ -11,8 +11,8 @@ A folder gets its final name by one rename, after everything in it is on disk; s
 checkpoint, and the manifest finds what went wrong with the disk afterwards. This file does not know what a model is:
 any tree of arrays will do, NumPy arrays and typed PRNG keys included.
 
-Where several processes share a folder each writes and reads what its devices hold; the first seals, names and deletes,
-and the others wait for it, so that a save is not in the background then.
+Where several processes share a folder each writes and reads what its devices hold, and takes its share of the files to
+the manifest and from it; the first names and deletes. A save is not in the background then: all wait for the last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from m1jax.errors import UserError
-from m1jax.train.hosts import exchange, from_first
+from m1jax.train.hosts import anywhere, exchange, from_first
 from m1jax.types import Params
 
 STATE, _META, _MANIFEST = "state", "meta.json", "manifest.json"
+_Fingerprints = dict[str, tuple[int, int]]
+"""{relative name: (bytes, CRC-32)}"""
 _SAVING, _REPLACED, _DAMAGED = ".saving-", ".replaced-", ".damaged"
 
 # Orbax logs an error of its background threads with a traceback, then raises it to us: once is enough.
@@ -91,21 +93,27 @@ class Checkpoints:
             self.wait()
 
     def _save_together(self, step: int, staging: Path, tree: Any, meta: Mapping[str, Any]) -> None:
-        """All processes write what they hold; the first does the rest, once everybody has."""
+        """All processes write what they hold and seal it; the first names the folder, once everybody has."""
         problem: BaseException | None = None
+        found: _Fingerprints = {}
         try:
             self._orbax.save(staging / STATE, jax.tree.map(_array, tree))
             self._orbax.wait_until_finished()
         except Exception as error:
             problem = error
-        full = any(exchange(is_disk_full(problem)))
-        failed = any(exchange(problem is not None))
+        if not anywhere(problem is not None):
+            try:
+                found = _fingerprints_together(staging)
+            except OSError as error:
+                problem = error
+        full = anywhere(is_disk_full(problem))
+        failed = anywhere(problem is not None)
 
         def finish() -> None:
             if failed:
                 told = OSError(errno.ENOSPC, "No space left on device") if full else problem
                 raise self._failure(told or RuntimeError("another process could not save"), staging)
-            self._finish(step, staging, meta)
+            self._finish(step, staging, meta, found)
             self.wait()
 
         from_first(finish)
@@ -131,7 +139,7 @@ class Checkpoints:
             UserError: only damaged checkpoints are left, or the checkpoint has other shapes than `abstract_tree`.
         """
         self.wait()
-        step = from_first(self._newest_good)
+        step = self._newest_good()
         if step is None:
             return None
         folder = self._dir / f"{step:08d}"
@@ -139,16 +147,23 @@ class Checkpoints:
 
     def _newest_good(self) -> int | None:
         """Step of the newest good checkpoint; damaged ones are put aside."""
-        for step in reversed(steps(self._dir)):
+        for step in from_first(lambda: steps(self._dir)[::-1]):
             folder = self._dir / f"{step:08d}"
-            damage = find_damage(folder)
+            damage = self._find_damage(folder)
             if damage is None:
                 return step
-            aside = _free_name(folder.with_name(folder.name + _DAMAGED))
-            folder.rename(aside)
-            self._log(f"checkpoint of step {step} is damaged ({damage}): kept as {aside.name}, trying the one before")
-        _refuse_if_only_damaged(self._dir)
+            aside = from_first(lambda folder=folder: _put_aside(folder))
+            self._log(f"checkpoint of step {step} is damaged ({damage}): kept as {aside}, trying the one before")
+        from_first(lambda: _refuse_if_only_damaged(self._dir))
         return None
+
+    def _find_damage(self, folder: Path) -> str | None:
+        """`find_damage`, where each process reads its share."""
+        try:
+            found = _fingerprints_together(folder)
+        except OSError as error:
+            return f"{Path(error.filename or folder).name}: {error.strerror}"
+        return from_first(lambda: find_damage(folder, found))
 
     def close(self) -> None:
         """Finish the save in flight and let go of Orbax's threads."""
@@ -163,11 +178,11 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _finish(self, step: int, staging: Path, meta: Mapping[str, Any]) -> None:
+    def _finish(self, step: int, staging: Path, meta: Mapping[str, Any], found: _Fingerprints | None = None) -> None:
         """The background half of a save: wait for the arrays, seal the folder, give it its name, drop old ones."""
         try:
             self._orbax.wait_until_finished()
-            seal(staging, meta)
+            seal(staging, meta, found)
             final, replaced = self._dir / f"{step:08d}", self._dir / f"{_REPLACED}{step:08d}"
             if final.exists():
                 final.rename(replaced)  # a kill before the next line is mended by `_tidy`
@@ -239,17 +254,29 @@ def read_meta(folder: Path) -> dict[str, Any]:
     return json.loads((folder / _META).read_text())
 
 
-def seal(folder: Path, meta: Mapping[str, Any]) -> None:
-    """Make a folder with a `state/` in it a checkpoint: its meta.json, then its manifest."""
+def seal(folder: Path, meta: Mapping[str, Any], found: _Fingerprints | None = None) -> None:
+    """Make a folder with a `state/` in it a checkpoint: its meta.json, then its manifest.
+
+    Args:
+        folder: the folder.
+        meta: plain JSON.
+        found: the fingerprints of what is there so far; read from there by default.
+    """
+    found = _fingerprints(folder) if found is None else found
     _write(folder / _META, json.dumps(meta))
-    _write(folder / _MANIFEST, json.dumps(_fingerprints(folder)))
+    _write(folder / _MANIFEST, json.dumps(found | _fingerprints(folder, [_META])))
 
 
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder in a few words, or None: every file has the size and CRC it had."""
+def find_damage(folder: Path, found: _Fingerprints | None = None) -> str | None:
+    """What is wrong with a checkpoint folder in a few words, or None: every file has the size and CRC it had.
+
+    Args:
+        folder: the checkpoint.
+        found: the fingerprints of its files; read from there by default.
+    """
     try:
         expected = json.loads((folder / _MANIFEST).read_text())
-        found = _fingerprints(folder)
+        found = _fingerprints(folder) if found is None else found
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
@@ -311,16 +338,37 @@ def _abstract(leaf: Any) -> Any:
     return _array(leaf)
 
 
-def _fingerprints(folder: Path) -> dict[str, tuple[int, int]]:
-    """`{relative name: (bytes, CRC-32)}` of every file below a folder, the manifest aside."""
+def _fingerprints(folder: Path, names: Iterable[str] | None = None) -> _Fingerprints:
+    """Of the files below a folder with these relative names, by default of all, the manifest aside."""
     result = {}
-    for file in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / _MANIFEST):
+    for name in _names(folder) if names is None else names:
         size = crc = 0
-        with file.open("rb") as stream:
+        with (folder / name).open("rb") as stream:
             while block := stream.read(1 << 20):
                 size, crc = size + len(block), zlib.crc32(block, crc)
-        result[file.relative_to(folder).as_posix()] = (size, crc)
+        result[name] = (size, crc)
     return result
+
+
+def _names(folder: Path) -> list[str]:
+    """Relative names of all files below a folder, the manifest aside."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p != folder / _MANIFEST)
+    return sorted(p.relative_to(folder).as_posix() for p in files)
+
+
+def _fingerprints_together(folder: Path) -> _Fingerprints:
+    """Of all files below a folder, each read by one process; an OSError of one is raised in all."""
+    mine = from_first(lambda: _names(folder))[jax.process_index() :: jax.process_count()]
+    part, problem = {}, None
+    try:
+        part = _fingerprints(folder, mine)
+    except OSError as error:
+        problem = error
+    told = exchange((part, problem))
+    for _, problem in told:
+        if problem is not None:
+            raise problem
+    return {name: fingerprint for part, _ in told for name, fingerprint in part.items()}
 
 
 def _tidy(directory: Path) -> None:
@@ -339,6 +387,11 @@ def _refuse_if_only_damaged(directory: Path) -> None:
     damaged = sorted(p.name for p in directory.glob(f"*{_DAMAGED}*"))
     if damaged:
         raise UserError(f"{directory}: no readable checkpoint, only {', '.join(damaged)}; delete them to start over")
+
+
+def _put_aside(folder: Path) -> str:
+    """Rename a damaged checkpoint, and return its new name."""
+    return folder.rename(_free_name(folder.with_name(folder.name + _DAMAGED))).name
 
 
 def _free_name(path: Path) -> Path:

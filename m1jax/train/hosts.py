@@ -333,7 +333,7 @@ class Watchdog:
                 grace = GRACE_S if self.index else 2 * GRACE_S
                 if not self._over.wait(grace) and not self._explaining:
                     sys.stdout.flush()
-                    print(f"error: {self.found}", file=sys.stderr, flush=True)
+                    print(f"error: {self.found}; start again with the same command", file=sys.stderr, flush=True)
                     self.leave(75)
                 return
 
