@@ -55,19 +55,21 @@ class Chip:
         flops: bfloat16, dense, a second.
         link: bytes a second that it takes in over its links, all together.
         dollars: list price of an hour on demand in us regions.
+        reads: bytes a second out of HBM.
     """
 
     memory: float
     flops: float
     link: float
     dollars: float
+    reads: float
 
 
 CHIPS = {
-    "h100": Chip(80e9, 989e12, 450e9, 2.07),
-    "v5p": Chip(95 * GIB, 459e12, 600e9, 4.20),
-    "v5e": Chip(16 * GIB, 197e12, 200e9, 1.20),
-    "v6e": Chip(32 * GIB, 918e12, 400e9, 2.70),
+    "h100": Chip(80e9, 989e12, 450e9, 2.07, 3350e9),
+    "v5p": Chip(95 * GIB, 459e12, 600e9, 4.20, 2765e9),
+    "v5e": Chip(16 * GIB, 197e12, 200e9, 1.20, 819e9),
+    "v6e": Chip(32 * GIB, 918e12, 400e9, 2.70, 1640e9),
 }
 """Google Cloud's pages "TPU v5p", "TPU v5e" and "TPU v6e", and "Cloud TPU pricing": half of the bidirectional bandwidth
 of the links each way. NVIDIA's data sheet of the H100 SXM, NVLink each way (between hosts there is less), and what the
@@ -288,23 +290,46 @@ def report(
     for sizes in meshes:
         mesh = make_mesh(sizes, devices)
         model = replace(config.model, mesh=sizes.on(len(devices)))
-        made = compile_update(replace(config, mesh=model.mesh), mesh)
         layout = " x ".join(f"{axis} {n}" for axis, n in model.mesh.sizes.items() if n > 1)
         yield ""
+        try:
+            made = compile_update(replace(config, mesh=model.mesh), mesh)
+        except jax.errors.JaxRuntimeError as error:
+            yield f"Update over {layout}: {_too_large(error)}"
+            continue
         yield f"Update over {layout} ({'compiled' if made.peak else 'traced'} in {made.seconds:.0f} s)"
         yield from table(["memory of a chip", "GiB", "of it"], memory_rows(model, shape, config, made, chip))
-        yield from table(["messages to a chip", "along", "GiB"], message_rows(made))
+        yield from message_table(made, table)
         yield from table(["of the batch", ""], time_rows(flops, tokens, len(devices), made, chip, run, price))
         if decode:
-            made = compile_decode(replace(config, model=model), mesh)
             yield ""
+            try:
+                made = compile_decode(replace(config, model=model), mesh)
+            except jax.errors.JaxRuntimeError as error:
+                yield f"One token of {config.rollout.engine_rows} answers over {layout}: {_too_large(error)}"
+                continue
+            rows = config.rollout.engine_rows
             yield (
-                f"One token of {config.rollout.engine_rows} answers behind {shape.tokens:,} tokens, weights in "
-                f"{config.model.dtype} (compiled in {made.seconds:.0f} s)"
+                f"One token of {rows} answers behind {shape.tokens:,} tokens, weights in {config.model.dtype} "
+                f"({'compiled' if made.peak else 'traced'} in {made.seconds:.0f} s)"
             )
+            yield from message_table(made, table)
             if made.peak:
                 yield from table(["memory of a chip", "GiB", "of it"], fit_rows(made, chip))
-            yield from table(["messages to a chip", "along", "GiB"], message_rows(made))
+                seconds = made.arguments / chip.reads + sum(made.messages.values()) / chip.link
+                least = f"seconds, at the least: all read once at {chip.reads / 1e9:,.0f} GB/s, then messages"
+                yield from table(["of a token", ""], [
+                    [least, f"{seconds:.2g}"],
+                    ["tokens a second of all chips, at the most", f"{rows / seconds:,.0f}"],
+                ])  # fmt: skip
+
+
+def _too_large(error: Exception) -> str:
+    """That a program does not fit, in the compiler's words; any other error is raised again."""
+    told = str(error).strip().split("\n")[0]
+    if "RESOURCE_EXHAUSTED" not in told:
+        raise error
+    return f"IT DOES NOT FIT: {told.partition('RESOURCE_EXHAUSTED: ')[2][:200]}"
 
 
 def memory_rows(model: ModelConfig, shape: Any, config: RLConfig, made: Compiled, chip: Chip) -> list[list[str]]:
@@ -334,12 +359,14 @@ def fit(size: float, chip: Chip) -> list[str]:
     return ["it fits" if size < chip.memory else "IT DOES NOT FIT", f"{chip.memory / GIB:.2f}", "100%"]
 
 
-def message_rows(made: Compiled) -> list[list[str]]:
+def message_table(made: Compiled, table: Any) -> list[str]:
     total = sum(made.messages.values())
-    large = {what: size for what, size in made.messages.items() if size > 1e-3 * total}
-    rows = [[kind, axes, f"{size / GIB:,.2f}"] for (kind, axes), size in sorted(large.items())]
+    unit, size = next((u, n) for u, n in (("GiB", GIB), ("MiB", 2**20), ("KiB", 2**10)) if total >= n or u == "KiB")
+    large = {what: n for what, n in made.messages.items() if n > 1e-3 * total}
+    rows = [[kind, axes, f"{n / size:,.2f}"] for (kind, axes), n in sorted(large.items())]
     rest = total - sum(large.values())
-    return [*rows, ["all others", "", f"{rest / GIB:,.2f}"], ["all", "", f"{total / GIB:,.2f}"]]
+    rows += [["all others", "", f"{rest / size:,.2f}"], ["all", "", f"{total / size:,.2f}"]]
+    return table(["messages to a chip", "along", unit], rows)
 
 
 def time_rows(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -111,3 +114,15 @@ def test_without_the_compiler_it_says_how_to_get_it():
             plan_aot.topology("v5p:2x2x1")
     else:
         assert len(plan_aot.topology("v5p:2x2x1")[1]) == 4
+
+
+def test_an_update_and_a_token_are_traced_for_gpus_that_are_not_here(tmp_path):
+    """What a token of decoding sends, counted by hand: 16 answers on eight devices, 4 to a device, 1 layer and 1."""
+    flags = ("--aot=h100:8", "--config=configs/rl_tiny_cpu.py:smoke", "--decode", "--mesh", "data=2,expert=2,tensor=2")
+    command = (sys.executable, "-m", "experiments.plan", *flags, "--config.update.micro_batch_rows=8")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    update, token = done.stdout.split("One token of 16 answers behind 48 tokens, weights in float32 (traced in ")
+    assert "Update over data 2 x expert 2 x tensor 2 (traced in " in update and "it fits" in update
+    # the float32 logits of half of 512 ids, of 4 answers, from the other of two devices
+    assert re.search(rf"all_gather +tensor +{4 * 256 * 4 / 2**10:.2f}\n", token), token
