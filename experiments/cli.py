@@ -35,7 +35,6 @@ from ml_collections import ConfigDict
 from m1jax.config import build
 from m1jax.errors import EngineLost, HostLost, NonFinite, UserError
 from m1jax.model.config import ModelConfig
-from m1jax.train.hosts import together
 from m1jax.train.interrupt import Interrupted
 
 MICRO_BATCH = "the micro_batch_rows of the stage that ran (config.update in RL, config.rows in SFT)"
@@ -73,6 +72,8 @@ def run(
     argv = sys.argv[1:]
 
     def body() -> None:
+        from m1jax.train.hosts import together  # it imports jax, without which some entry points live
+
         join_hosts()
         main(together(lambda: parse(argv, add_flags)))
 

@@ -4,10 +4,13 @@
 #   launch/tpu_vm.sh my-v5p us-east5-a train_rl configs/rl_m1.py /mnt/shared/runs/rl
 #   launch/tpu_vm.sh --dry_run my-v5p us-east5-a train_rl configs/rl_m1.py /mnt/shared/runs/rl
 #   launch/tpu_vm.sh --stop my-v5p us-east5-a
+#   SERVERS="http://gpu-0:30000 http://gpu-1:30000" launch/tpu_vm.sh my-v5p us-east5-a train_rl configs/rl_m1_sglang.py ...
 #
 # NAME ZONE ENTRY CONFIG WORKDIR [flags]. Every host has this checkout in FOLDER (m1jax, below the home folder) with its
 # environment in VENV (.venv there), and WORKDIR on a folder that all of them mount (NFS; a mounted bucket is too slow in
-# showing what another host wrote). RESTARTS (100) is how often a job that exits with 75 or loses a host is started again. --stop sends SIGTERM to what this script started there: it saves and exits.
+# showing what another host wrote). SERVERS are rollout servers that launch/sglang.sh started elsewhere: every host waits
+# until all of them are healthy, HEALTH seconds (1800) at the most. RESTARTS (100) is how often a job that exits with 75 or
+# loses a host is started again. --stop sends SIGTERM to what this script started there: it saves and exits.
 set -euo pipefail
 
 dry='' stop=''
@@ -16,7 +19,7 @@ case "${1:-}" in
 --stop) stop=yes && shift ;;
 esac
 if { [ -n "$stop" ] && [ $# != 2 ]; } || { [ -z "$stop" ] && [ $# -lt 5 ]; }; then
-    sed -n '4,6s/^# *//p' "$0" >&2
+    sed -n '4,7s/^# *//p' "$0" >&2
     exit 2
 fi
 name=$1 zone=$2 pid_file=.m1jax-$1.pid
@@ -32,8 +35,16 @@ fi
 entry=$1 config=$2 workdir=$3
 shift 3
 command=("${VENV:-.venv}/bin/python" -m "experiments.$entry" --config="$config" --workdir="$workdir" "$@")
+gate=''
+if [ -n "${SERVERS:-}" ]; then
+    read -r -a urls <<<"$SERVERS"
+    command+=("--config.servers.urls=($(printf "'%s'," "${urls[@]}"))")
+    gate="SECONDS=0; for url in ${urls[*]@Q}; do until curl -fsS -o /dev/null --max-time 10 \$url/health; do
+if [ \$SECONDS -ge ${HEALTH:-1800} ]; then echo \"the rollout server \$url is not healthy\" >&2; exit 2; fi; sleep 5; done; done"
+fi
 # Who was asked to stop does not end with a code that asks to be started again.
 start="rm -f $pid_file.stop; cd ${FOLDER:-m1jax} && mkdir -p ${workdir@Q}/hosts/logs || exit 2
+$gate
 export M1JAX_PROCESSES=auto JAX_PLATFORMS=tpu
 ${command[*]@Q} >>${workdir@Q}/hosts/logs/\$(hostname).log 2>&1 & echo \$! >~/$pid_file
 wait \$!; code=\$?; if [ -e ~/$pid_file.stop ]; then exit 143; fi; exit \$code"

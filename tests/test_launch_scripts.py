@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -151,6 +153,53 @@ def test_tpu_vms_get_one_command_and_only_ours_is_stopped(tmp_path):
     assert len(calls(folder, "gcloud")) == 3, "what was asked to stop is not started again"
     assert run("launch/tpu_vm.sh", "--stop", "slice", "zone", **environment).returncode == 0
     assert "grep -q experiments /proc/$pid/cmdline" in (folder / "calls").read_text()
+
+
+def test_hosts_of_a_slice_wait_for_the_servers(tmp_path):
+    """What each host would run, run here: nothing starts before the servers are healthy, nor is it tried again."""
+    folder, home = tmp_path / "bin", tmp_path / "home"
+    (home / "m1jax").mkdir(parents=True)
+    stub(folder, "gcloud", 'while [ $# -gt 1 ]; do shift; done; cd "$HOME" && eval "${1#--command=}"')
+    stub(folder, "curl", 'test "$SICK" != "${!#}"')
+    stub(folder, "python", "")
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(home), "VENV": str(tmp_path), "HEALTH": "0", "SICK": "",
+        "SERVERS": "http://a:1 http://b:2",
+    }  # fmt: skip
+    asked = ("launch/tpu_vm.sh", "slice", "zone", "train_rl", "configs/c.py", str(tmp_path / "w w"), "--config.seed=1")
+    sick = run(*asked, **environment | {"SICK": "http://b:2/health"})
+    assert sick.returncode == 2 and "the rollout server http://b:2 is not healthy" in sick.stderr, sick.stderr
+    assert not calls(folder, "python") and len(calls(folder, "gcloud")) == 1
+    assert run(*asked, **environment).returncode == 0
+    (call,) = calls(folder, "python")
+    assert call.endswith(
+        f"--workdir={tmp_path / 'w w'} --config.seed=1 --config.servers.urls=('http://a:1','http://b:2',)"
+    )
+    assert sorted(x.split()[-1] for x in calls(folder, "curl")) == sorted(
+        2 * ["http://a:1/health", "http://b:2/health"]
+    )
+
+
+def test_a_signal_to_the_script_comes_to_every_process_once(tmp_path):
+    """And no process is left behind, nor the job started again."""
+    stub(
+        tmp_path / "bin", "python",
+        f"""[ "$1" = -c ] && echo 1 && exit
+trap 'echo "got $M1JAX_PROCESS" >>{tmp_path}/bin/calls; exit 75' TERM
+echo "up $M1JAX_PROCESS" >>{tmp_path}/bin/calls; while true; do sleep 0.1; done""",
+    )  # fmt: skip
+    job = subprocess.Popen(
+        ["launch/local.sh", "train_rl", "configs/c.py", str(tmp_path / "w")], cwd=ROOT,
+        env=os.environ | {"PROCESSES": "3", "VENV": str(tmp_path), "RESTARTS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "bin" / "calls").exists() or len(calls(tmp_path / "bin", "up")) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    _, said = job.communicate(timeout=30)
+    assert job.returncode == 75 and "starting all" not in said
+    assert sorted(calls(tmp_path / "bin", "got")) == ["got 0", "got 1", "got 2"]
 
 
 def test_the_job_set_is_what_its_head_says():

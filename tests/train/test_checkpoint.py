@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import optax
 import pytest
 
 from m1jax.errors import UserError
+from m1jax.train import checkpoint
 from m1jax.train.checkpoint import Checkpoints, find_damage, restore_params, steps
 
 
@@ -252,6 +254,7 @@ def test_restore_params_from_run_folder_checkpoint_or_nothing(tmp_path):
 
 SAVER = """
 import sys, numpy as np
+from m1jax.train import checkpoint
 from m1jax.train.checkpoint import Checkpoints
 with Checkpoints(sys.argv[1], keep=2) as checkpoints:
     found = checkpoints.restore_latest({"params": np.zeros(200_000)})
@@ -287,3 +290,70 @@ def test_sigkill_at_any_time_leaves_the_last_good_one(tmp_path):
             assert meta == {"step": step} and (tree["params"] == step).all()
             saved = step
     assert saved > 3
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """Speaks for three processes: what each says is exchanged, one after another, in this one."""
+
+    def ask(function, *arguments):
+        """What `function` gives where three processes call it: they take turns, and repeat it once all are heard."""
+        said: list[list[Any]] = [[], [], []]
+        results: list[Any] = [None] * 3
+        for _ in range(3):  # an exchange more is answered in each round
+            for process in range(3):
+                turn = iter(range(9))
+                monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+
+                def exchange(value, process=process, turn=turn):
+                    n = next(turn)
+                    said[process][n:] = [value]
+                    return [heard[n] if n < len(heard) else value for heard in said]
+
+                monkeypatch.setattr(checkpoint, "exchange", exchange)
+                try:
+                    results[process] = function(*arguments)
+                except OSError as error:
+                    results[process] = error
+        return results
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(checkpoint, "from_first", lambda make: make())
+    return ask
+
+
+def test_every_file_is_read_by_one_of_the_processes(tmp_path, many, monkeypatch):
+    for n in range(7):
+        (tmp_path / "state" / f"{n % 2}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "state" / f"{n % 2}" / f"{n}").write_bytes(bytes(range(n + 1)))
+    whole = {f"state/{n % 2}/{n}": (n + 1, zlib.crc32(bytes(range(n + 1)))) for n in range(7)}
+    read: list[tuple[int, str]] = []
+    fingerprints = checkpoint._fingerprints
+    monkeypatch.setattr(
+        checkpoint, "_fingerprints",
+        lambda folder, names: read.extend((jax.process_index(), n) for n in names) or fingerprints(folder, names),
+    )  # fmt: skip
+    assert many(checkpoint._fingerprints_together, tmp_path) == [whole] * 3
+    assert sorted(name for _, name in set(read)) == sorted(whole), "nobody reads what another one reads"
+    assert {process for process, _ in read} == {0, 1, 2}
+
+    def broken(folder, names):
+        if jax.process_index() == 1:
+            raise OSError(errno.EIO, "Input/output error", str(folder / "state"))
+        return fingerprints(folder, names)
+
+    monkeypatch.setattr(checkpoint, "_fingerprints", broken)
+    assert [getattr(error, "errno", None) for error in many(checkpoint._fingerprints_together, tmp_path)] == [5] * 3
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_what_another_process_cannot_save_none_has_saved(tmp_path, monkeypatch, full):
+    """The first process could write its share; what it hears of another ends the save here as there."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": np.zeros(3)}, {}, wait=True)
+        heard = iter([True, full, True])  # whether another failed; whether its disk is full; whether anything failed
+        monkeypatch.setattr(checkpoint, "anywhere", lambda flag: flag or next(heard))
+        error = UserError if full else RuntimeError
+        with pytest.raises(error, match="no space left for a checkpoint; the last good" if full else "another process"):
+            checkpoints._save_together(2, tmp_path / ".saving-00000002", {"params": np.ones(3)}, {})
+        assert steps(tmp_path) == [1] and [p.name for p in tmp_path.iterdir()] == ["00000001"]
