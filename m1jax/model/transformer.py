@@ -185,6 +185,7 @@ def _scanned(module: Any, length: int, axis_name: str) -> Any:
         variable_axes={"params": 0, TRACE: 0},
         split_rngs={"params": True},
         in_axes=(0, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # one per argument is fine
+        check_constancy_invariants=False,  # it traces everything once more, and here twice nested: four times
         metadata_params={nn.PARTITION_NAME: axis_name},
     )
 

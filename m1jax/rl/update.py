@@ -80,7 +80,7 @@ def make_update(
 
         def add_micro_batch(grads, micro):
             batch, anchor_BT = micro
-            return skip_if_empty(batch, partial(accumulate, params, grads, anchor_BT, tokens), grads)
+            return skip_if_empty(batch, accumulate, grads, params, anchor_BT, tokens)
 
         zeros = jax.tree.map(jnp.zeros_like, params)
         grads, (sums_M, policy_MBT, entropy_MBT) = jax.lax.scan(add_micro_batch, zeros, (micro_batches, anchors))
@@ -88,7 +88,8 @@ def make_update(
         value, routed = jax.lax.psum(value, ROWS), jax.lax.psum(routed, TOKENS)
         return sum_gradients(grads, specs), value, routed, policy_MBT, entropy_MBT
 
-    def accumulate(params, grads, anchor_BT, tokens, batch):
+    @jax.jit
+    def accumulate(batch, grads, params, anchor_BT, tokens):
         new, outputs = jax.grad(objective, has_aux=True)(params, batch, anchor_BT, tokens)
         return jax.tree.map(jnp.add, grads, new), outputs
 
@@ -153,18 +154,25 @@ def make_frozen_logprobs(
 
     @partial(jax.shard_map, mesh=mesh, check_vma=False, in_specs=(specs, BATCH), out_specs=BATCH)
     def of_update(params: Params, micro_batches: Batch) -> jax.Array:
-        compute = lambda batch: (None, forward(params, batch)[0])  # noqa: E731
-        return jax.lax.map(lambda batch: skip_if_empty(batch, compute, None)[1], micro_batches)
+        compute = jax.jit(lambda batch, _, params: (None, forward(params, batch)[0]))
+        return jax.lax.map(lambda batch: skip_if_empty(batch, compute, None, params)[1], micro_batches)
 
     return jax.jit(lambda params, batch: jax.lax.map(partial(of_update, params), batch))
 
 
-def skip_if_empty(batch: Batch, compute: Callable[[Batch], Any], otherwise: Any) -> Any:
-    """compute(batch), or (otherwise, zeros) without any work where the micro-batch has no live token on any device."""
-    _, outputs = jax.eval_shape(compute, batch)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+def skip_if_empty(batch: Batch, compute: Callable[..., Any], carried: Any, *more: Any) -> Any:
+    """compute(batch, carried, *more), or (carried, zeros) without any work where no token is live on any device.
+
+    `compute` comes out of `jax.jit`, so that it is traced once for its shapes and for itself.
+    """
+    operands = batch, carried, *more
+    _, outputs = jax.eval_shape(compute, *operands)
     live = jax.lax.pmax((batch.weights > 0).any(), ROWS)  # the same everywhere: `compute` is full of messages
-    return jax.lax.cond(live, compute, lambda _: (otherwise, zeros), batch)
+
+    def nothing(batch, carried, *more):
+        return carried, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
+
+    return jax.lax.cond(live, compute, nothing, *operands)
 
 
 def _forward(params: Params, batch: Batch, *, model: ModelConfig, temperature: float, replay: bool):
