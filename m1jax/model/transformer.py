@@ -86,7 +86,7 @@ class Period(nn.Module):
         layer = Layer if keep is None else nn.remat(Layer, prevent_cse=False, policy=keep)
         routers = []
         for i, (kind, count) in enumerate(c.runs):
-            run = _scanned(layer, count, "layers")(c, kind, name=f"{i}_{kind}")
+            run = _scanned(layer, count, "layers", self.is_initializing())(c, kind, name=f"{i}_{kind}")
             h_MD, (_, router) = run(h_MD, slopes_by_run[i], None, recorded_by_run[i], where)
             routers.append(router)
         return h_MD, tuple(routers)
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
             parameter(self, "head", (D, V), ("embed", "vocab"), c.param_dtype, init, c.mesh)
 
         h_MD = embedded(table_VD, tokens_BT, c)
-        periods = _scanned(Period, c.num_periods, "periods")(c, name="periods")
+        periods = _scanned(Period, c.num_periods, "periods", self.is_initializing())(c, name="periods")
         h_MD, routers = periods(h_MD, _slopes_by_run(c), None, _by_run(c, recorded_LMA), where)
         return RMSNorm(c, c.norm_eps, name="norm_final")(h_MD), routers
 
@@ -178,14 +178,16 @@ def by_layer(params: Params, config: ModelConfig) -> Params:
     return {**{name: x for name, x in params.items() if name != "periods"}, "layers": layers}
 
 
-def _scanned(module: Any, length: int, axis_name: str) -> Any:
+def _scanned(module: Any, length: int, axis_name: str, initializing: bool) -> Any:
     return nn.scan(
         module,
         length=length,
         variable_axes={"params": 0, TRACE: 0},
         split_rngs={"params": True},
         in_axes=(0, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # one per argument is fine
-        check_constancy_invariants=False,  # it traces everything once more, and here twice nested: four times
+        # A check that traces everything once more, here twice nested: four times. Initial parameters are drawn with it,
+        # since a seed would draw others without.
+        check_constancy_invariants=initializing,
         metadata_params={nn.PARTITION_NAME: axis_name},
     )
 

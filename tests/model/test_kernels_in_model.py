@@ -45,8 +45,9 @@ def logits(params, config, tokens_BT, segment_ids_BT, cache=None):
 
 
 def compiled(config):
-    """Return `logits` of this config, traced anew."""
-    return jax.jit(lambda *args: logits(args[0], config, *args[1:]))
+    """Return `logits` of this config, traced anew, done when they return (see the test of slots in test_kernels.py)."""
+    run = jax.jit(lambda *args: logits(args[0], config, *args[1:]))
+    return lambda *args: jax.block_until_ready(run(*args))
 
 
 TOKAMAX = pytest.param("tokamax", marks=pytest.mark.skipif(not has_tokamax(), reason="an extra"))

@@ -196,6 +196,15 @@ def test_ways_to_compute_give_the_same_gradients(params, how):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=2e-6), plain, other)
 
 
+def test_a_seed_means_the_parameters_that_it_always_meant():
+    """Runs are told by their seeds: these four entries are of runs on record, each drawn by the key of another path."""
+    drawn = transformer.init(jax.random.key(0), dataclasses.replace(CONFIG, init_std=0.02))
+    lightning, softmax = (drawn["periods"][name] for name in ("0_lightning", "1_softmax"))
+    found = [drawn["embedding"][0, 0], drawn["head"][0, 0], lightning["attention"]["qkv"].reshape(-1)[-1]]
+    found.append(softmax["mlp"]["gate"].reshape(-1)[-1])
+    np.testing.assert_allclose(found, [0.00152285, 0.01203511, 0.02615115, -0.00827950], rtol=1e-5)
+
+
 def test_every_parameter_names_its_axes():
     shapes = jax.eval_shape(lambda key: transformer.init(key, TINY), jax.random.key(0))
     axes = transformer.logical_axes(TINY)
