@@ -209,8 +209,13 @@ def test_a_slot_that_is_used_again_starts_from_what_is_put_there(implementation,
     """Requests that come and go: prefill of one into a slot between decode steps of the others."""
     shape = Lightning(B=2, T=70, N=4, H=64)
     (q, k, v, *_), _ = inputs(shape, dtype)
-    # An interpreted kernel asks Python for things; what else is asked of two cores meanwhile may wait for it, as it for that.
-    alone = lambda function: lambda *args: jax.block_until_ready(jax.jit(function)(*args))  # noqa: E731
+
+    def alone(function):
+        """Compiled, and done when it returns: an interpreted kernel asks Python for things, and what else is asked of
+        two cores meanwhile may wait for it, as it for that."""
+        compiled = jax.jit(function)
+        return lambda *args: jax.block_until_ready(compiled(*args))
+
     prefill = alone(lambda *qkv: lightning_attention(*qkv, SLOPES, implementation=implementation)[1])
     decode = alone(
         lambda qkv, pool, slots: lightning_decode(*qkv, SLOPES, pool, slots_B=slots, implementation=implementation)[1]
