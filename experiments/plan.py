@@ -124,7 +124,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"{overrides[0]}: overrides are for --aot=TOPOLOGY; the tables are of the model as it is")
     if arguments.batch < 1:
         raise UserError(f"--batch={arguments.batch}: must be at least 1")
+    if arguments.aot:
+        for name, value in vars(arguments).items():
+            if name not in ("overrides", *READ_BY_AOT) and value != parser.get_default(name):
+                read = ", ".join(f"--{flag}" for flag in READ_BY_AOT[1:])
+                raise UserError(f"--{name}: is for the tables; with --aot act {read} and --config.section.key=VALUE")
     return arguments
+
+
+READ_BY_AOT = ("aot", "config", "mesh", "decode", "dollars_per_gpu_hour", "training_utilisation")
+"""The flags that `compile_ahead` reads."""
 
 
 def tokens(text: str) -> int:
@@ -151,7 +160,7 @@ def layout(text: str) -> dict[str, int]:
         raise argparse.ArgumentTypeError(told) from error
 
 
-def plan_aot(arguments: argparse.Namespace) -> None:
+def compile_ahead(arguments: argparse.Namespace) -> None:
     """Compile for devices that are not here, and print what comes of it."""
     from experiments import plan_aot
 
@@ -172,18 +181,18 @@ def plan(arguments: argparse.Namespace) -> None:
     """Print every table and draw the picture."""
     a = arguments
     if a.aot:
-        return plan_aot(a)
+        return compile_ahead(a)
     if a.mesh or a.decode:
         raise UserError("--mesh and --decode say what to compile; give --aot=TOPOLOGY with them")
     run = Run(**{f.name: getattr(a, f.name) for f in fields(Run)})
-    name, config = chosen_model(a.model, a.config)
+    name, config, moments = chosen_model(a.model, a.config)
     contexts = chosen_contexts(a.context, config)
     accounting = a.accounting or "causal"
     shapes = {name: count.footprint(config), R1: DEEPSEEK_R1.footprint(), QWEN3: count.footprint(QWEN3_235B)}
     blocks = (
         parameter_lines(name, config),
         flop_lines(shapes[name], config, contexts, accounting),
-        fixed_byte_lines(config, a.batch),
+        fixed_byte_lines(config, a.batch, moments),
         cache_byte_lines(shapes, config, a.batch, contexts),
         comparison_lines(shapes, accounting),
         ratio_lines(shapes),
@@ -199,14 +208,23 @@ def plan(arguments: argparse.Namespace) -> None:
     print(f"\nwritten: {path}")
 
 
-def chosen_model(model: str, config: str | None) -> tuple[str, ModelConfig]:
-    """Name and shape of what the flags ask for."""
+MOMENTS = {"": "the parameters' dtypes", "float32": "float32", "bfloat16": "bfloat16"}
+"""What `optimizer.moments` of a config may be, in words."""
+
+
+def chosen_model(model: str, config: str | None) -> tuple[str, ModelConfig, tuple[str, ...]]:
+    """Name and shape of what the flags ask for, and the dtypes of AdamW's moments: the config's, or any."""
     if config is None:
-        return (M1 if model == "m1" else model), build(ModelConfig, MODELS[model]().to_dict(), f"models.{model}")
+        name = M1 if model == "m1" else model
+        return name, build(ModelConfig, MODELS[model]().to_dict(), f"models.{model}"), tuple(MOMENTS)
     values = cli.load_config(config)
     if "model" not in values:
         raise UserError(f"{config}: has no section model")
-    return Path(config.partition(":")[0]).stem, build(ModelConfig, values["model"], "config.model")
+    optimizer = values.get("optimizer")
+    moments = optimizer.get("moments", "") if isinstance(optimizer, dict) else ""
+    if moments not in tuple(MOMENTS):
+        raise UserError(f"config.optimizer.moments: {moments!r} must be one of {tuple(MOMENTS)}")
+    return Path(config.partition(":")[0]).stem, build(ModelConfig, values["model"], "config.model"), (moments,)
 
 
 def chosen_contexts(asked: Sequence[int] | None, config: ModelConfig) -> tuple[int, ...]:
@@ -255,14 +273,20 @@ def flop_lines(shape: Footprint, config: ModelConfig, contexts: Sequence[int], a
     ]
 
 
-def fixed_byte_lines(config: ModelConfig, batch: int) -> list[str]:
+def fixed_byte_lines(config: ModelConfig, batch: int, moments: Sequence[str]) -> list[str]:
     weights = count.weight_bytes(config)
     rows = [
         [f"weights ({config.param_dtype}; router gates at least float32)", size(weights)],
         ["gradients, in the parameters' dtypes", size(weights)],
-        ["AdamW's m and v, in the parameters' dtypes: what this trainer keeps", size(count.optimizer_bytes(config))],
+        *(
+            [
+                f"AdamW's m and v in {MOMENTS[kind]} (optimizer.moments={kind!r})",
+                size(count.optimizer_bytes(config, kind)),
+            ]
+            for kind in moments
+        ),
         [
-            "AdamW's m and v in float32, and master weights of what is narrower: not here",
+            "AdamW's m and v in float32, and master weights of what is narrower (no such master weights here)",
             size(count.optimizer_bytes(config, "float32", master=True)),
         ],
         [f"logits of one token a row, batch {batch}", size(count.logits_bytes(config, batch))],

@@ -28,17 +28,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from m1jax.errors import UserError
-from m1jax.mesh import ROWS, MeshConfig
+from m1jax.mesh import AXES, GATHERED, ROWS, MeshConfig
 from m1jax.model import accounting as count
 from m1jax.model import cache as cache_lib
 from m1jax.model import transformer
-from m1jax.model.config import ModelConfig
+from m1jax.model.kernels import check_kernels
 from m1jax.pallas_kernels.compat import lowering_for
 from m1jax.rl import engine_local
 from m1jax.rl.engine_local import LocalEngine, sample_token
 from m1jax.rl.settings import RLConfig
 from m1jax.rl.update import make_update
-from m1jax.sharding import make_mesh, placed
+from m1jax.sharding import check_rows, check_tokens, make_mesh, on_mesh, placed
 from m1jax.train.optimizer import make_optimizer
 from m1jax.train.state import TrainState, state_specs
 from m1jax.types import Batch, Sampling
@@ -56,6 +56,8 @@ class Chip:
         link: bytes a second that it takes in over its links, all together.
         dollars: list price of an hour on demand in us regions.
         reads: bytes a second out of HBM.
+        host: chips that `link` joins; 0 for all that there are.
+        between: bytes a second that one takes in from chips of other hosts.
     """
 
     memory: float
@@ -63,23 +65,27 @@ class Chip:
     link: float
     dollars: float
     reads: float
+    host: int = 0
+    between: float = 0.0
 
 
 CHIPS = {
-    "h100": Chip(80e9, 989e12, 450e9, 2.07, 3350e9),
+    "h100": Chip(80e9, 989e12, 450e9, 2.07, 3350e9, host=8, between=50e9),
     "v5p": Chip(95 * GIB, 459e12, 600e9, 4.20, 2765e9),
     "v5e": Chip(16 * GIB, 197e12, 200e9, 1.20, 819e9),
     "v6e": Chip(32 * GIB, 918e12, 400e9, 2.70, 1640e9),
 }
 """Google Cloud's pages "TPU v5p", "TPU v5e" and "TPU v6e", and "Cloud TPU pricing": half of the bidirectional bandwidth
-of the links each way. NVIDIA's data sheet of the H100 SXM, NVLink each way (between hosts there is less), and what the
-report's rent comes to for one GPU and hour. Prices change: --dollars_per_gpu_hour says another."""
+of the links each way; a slice is one torus. NVIDIA's data sheets of the H100 SXM, NVLink each way, and of the DGX H100,
+hosts of 8 with 400 Gb/s of InfiniBand for each GPU; and what the report's rent comes to for one GPU and hour. Prices
+change: --dollars_per_gpu_hour says another."""
 
 GPUS = ("h100",)
 """Counted and traced, not compiled: XLA's compiler for GPUs wants the kernels' own one and a driver's library."""
 
 SHORT = 1.15
-"""What a compiler took over what is counted, at the most: the tables of TPU slices in BUILD.md."""
+"""What libtpu's compiler took for the updates of MiniMax-M1 over what is counted, rounded up: the two windows of the
+table in BUILD.md. Of other models and of XLA's compiler for GPUs nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Compiled:
         peak: the most bytes at one time.
         seconds: that tracing and compiling took.
         messages: bytes that a device receives, by (kind, axes).
+        splash: a kernel serves softmax attention, which then writes no scores to memory.
     """
 
     arguments: int
@@ -99,6 +106,11 @@ class Compiled:
     peak: int
     seconds: float
     messages: Mapping[tuple[str, str], float]
+    splash: bool = False
+
+    @property
+    def how(self) -> str:
+        return f"{'compiled' if self.peak else 'traced'} in {self.seconds:.0f} s"
 
 
 def topology(name: str) -> tuple[str, Sequence[Any]]:
@@ -124,6 +136,25 @@ def topology(name: str) -> tuple[str, Sequence[Any]]:
             'pip install "m1jax[plan]"' if "not installed" in told or "libtpu" in told else "write it as in v5p:8x8x8"
         )
         raise UserError(f"--aot={name}: {told}; {mend}") from error
+
+
+def laid_out(config: RLConfig, sizes: MeshConfig, devices: Sequence[Any]) -> tuple[RLConfig, Mesh]:
+    """The config on a mesh of these sizes, and that mesh.
+
+    Raises:
+        UserError: a run would refuse it, in the run's own words.
+    """
+    mesh = make_mesh(sizes, devices)
+    model = on_mesh(config.model, mesh)
+    check_tokens(config.batch_shape.tokens, "config.update.row_tokens", mesh)
+    check_rows(config.update.micro_batch_rows, "config.update.micro_batch_rows", mesh)
+    with lowering_for(_platform(mesh)):
+        check_kernels(model)
+    return replace(config, mesh=model.mesh), mesh
+
+
+def _platform(mesh: Mesh) -> str:
+    return "gpu" if mesh.devices.flat[0].platform == "cpu" else "tpu"  # CPUs stand in for GPUs
 
 
 def compile_update(config: RLConfig, mesh: Mesh) -> Compiled:
@@ -153,7 +184,18 @@ def compile_update(config: RLConfig, mesh: Mesh) -> Compiled:
 
 
 def compile_decode(config: RLConfig, mesh: Mesh) -> Compiled:
-    """One token of `engine_rows` answers with a full window, weights as they are computed with."""
+    """One token of `engine_rows` answers with a full window, weights as they are computed with.
+
+    Raises:
+        UserError: the local engine of a run would not take so many rows on this mesh: it deals out their prompts.
+    """
+    responses = config.rollout.responses
+    try:
+        prompts = config.rollout.engine_rows // responses
+        check_rows(prompts, "config.rollout.engine_rows / responses", mesh, engine_local.ROWS)
+    except UserError as error:
+        multiple = responses * config.mesh.along(engine_local.ROWS)
+        raise UserError(f"{error}: engine_rows has to be a multiple of {multiple}") from error
     model = replace(config.model, param_dtype=config.model.dtype)
     engine = LocalEngine(model, prompt_tokens=8, rows=config.rollout.engine_rows, stop_ids=(), mesh=mesh)
     rows, slots = config.rollout.engine_rows, config.batch_shape.tokens
@@ -193,18 +235,30 @@ def compile_decode(config: RLConfig, mesh: Mesh) -> Compiled:
 def _compile(function: Any, arguments: tuple[Any, ...], mesh: Mesh) -> Compiled:
     start = time.perf_counter()
     sizes = {str(axis): n for axis, n in mesh.shape.items()}
-    if mesh.devices.flat[0].platform == "cpu":  # they stand in for GPUs
+    if _platform(mesh) == "gpu":
         with lowering_for("gpu"):
             traced = function.trace(*arguments)
-        return Compiled(0, 0, 0, time.perf_counter() - start, messages(traced.jaxpr, sizes))
+        return Compiled(0, 0, 0, time.perf_counter() - start, messages(traced.jaxpr, sizes), has_splash(traced.jaxpr))
     with lowering_for("tpu"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = function.trace(*arguments)
         memory = traced.lower().compile().memory_analysis()
     seconds = time.perf_counter() - start
     return Compiled(
         memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.peak_memory_in_bytes, seconds,
-        messages(traced.jaxpr, sizes),
+        messages(traced.jaxpr, sizes), has_splash(traced.jaxpr),
     )  # fmt: skip
+
+
+def has_splash(jaxpr: Any) -> bool:
+    """Whether a program calls a kernel of splash attention, which serves all softmax layers or none."""
+    return any(
+        (
+            e.primitive.name == "pallas_call"
+            and "splash" in f"{e.params.get('name')} {e.params.get('name_and_src_info')}"
+        )
+        or any(has_splash(inner) for inner in _inner(e.params))
+        for e in jaxpr.eqns
+    )
 
 
 def _abstract(tree: Any, shardings: Any) -> Any:
@@ -275,53 +329,86 @@ def _inner(p: Mapping[str, Any]) -> Iterator[Any]:
 def report(
     name: str, config: RLConfig, meshes: Sequence[MeshConfig], run: Any, table: Any, decode: bool
 ) -> Iterator[str]:
-    """Lines for every layout asked for, as they are compiled."""
+    """Lines for every layout asked for, as they are compiled.
+
+    Raises:
+        UserError: a run would refuse every one of them. One of several that it would refuse is told in a line.
+    """
     kind, devices = topology(name)
     chip, shape = CHIPS[kind], config.batch_shape
-    price = run.dollars_per_gpu_hour or chip.dollars
-    tokens = shape.updates * shape.micro_batches * shape.rows * shape.tokens * config.update.passes
-    flops = (
-        tokens / shape.tokens * count.train_flops(count.footprint(config.model), shape.tokens, remat=config.model.remat)
-    )
     yield f"{name}: {len(devices)} chips of {chip.memory / GIB:.0f} GiB and {chip.flops / 1e12:.0f} TFLOP/s"
     asked = f"{config.rollout.prompts} x {config.rollout.responses} answers in {shape.updates} updates"
     cut = f"{shape.micro_batches} micro-batches x {shape.rows} rows x {shape.tokens:,} tokens"
     yield f"The updates of a generation batch at its longest: {asked} x {cut}"
+    refused = 0
     for sizes in meshes:
-        mesh = make_mesh(sizes, devices)
-        model = replace(config.model, mesh=sizes.on(len(devices)))
-        layout = " x ".join(f"{axis} {n}" for axis, n in model.mesh.sizes.items() if n > 1)
         yield ""
+        what = f"Update over {shown(sizes)}"
         try:
-            made = compile_update(replace(config, mesh=model.mesh), mesh)
-        except jax.errors.JaxRuntimeError as error:
-            yield f"Update over {layout}: {_too_large(error)}"
+            here, mesh = laid_out(config, sizes, devices)
+            what = f"Update over {shown(here.mesh)}"
+            made = compile_update(here, mesh)
+        except UserError as error:
+            if len(meshes) == 1:
+                raise
+            refused += 1
+            yield f"{what}: A RUN WOULD REFUSE IT: {error}"
             continue
-        yield f"Update over {layout} ({'compiled' if made.peak else 'traced'} in {made.seconds:.0f} s)"
-        yield from table(["memory of a chip", "GiB", "of it"], memory_rows(model, shape, config, made, chip))
+        except jax.errors.JaxRuntimeError as error:
+            yield f"{what}: {_too_large(error)}"
+            continue
+        yield f"{what} ({made.how})"
+        moments = config.optimizer.moments
+        parts = count.training_bytes(here.model, shape.rows, shape.tokens, moments, blocked=not made.splash)
+        yield from table(["memory of a chip", "GiB", "of it"], memory_rows(parts, made, chip, SHORT))
         yield from message_table(made, table)
-        yield from table(["of the batch", ""], time_rows(flops, tokens, len(devices), made, chip, run, price))
+        yield from table(["of the batch", ""], time_rows(here, made, chip, run))
+        yield from reference_lines(here, parts["parameters"])
         if decode:
             yield ""
-            try:
-                made = compile_decode(replace(config, model=model), mesh)
-            except jax.errors.JaxRuntimeError as error:
-                yield f"One token of {config.rollout.engine_rows} answers over {layout}: {_too_large(error)}"
-                continue
-            rows = config.rollout.engine_rows
-            yield (
-                f"One token of {rows} answers behind {shape.tokens:,} tokens, weights in {config.model.dtype} "
-                f"({'compiled' if made.peak else 'traced'} in {made.seconds:.0f} s)"
-            )
-            yield from message_table(made, table)
-            if made.peak:
-                yield from table(["memory of a chip", "GiB", "of it"], fit_rows(made, chip))
-                seconds = made.arguments / chip.reads + sum(made.messages.values()) / chip.link
-                least = f"seconds, at the least: all read once at {chip.reads / 1e9:,.0f} GB/s, then messages"
-                yield from table(["of a token", ""], [
-                    [least, f"{seconds:.2g}"],
-                    ["tokens a second of all chips, at the most", f"{rows / seconds:,.0f}"],
-                ])  # fmt: skip
+            peak = made.peak or SHORT * sum(parts.values())
+            state = parts["parameters"] + parts["AdamW's moments"]
+            yield from decode_lines(here, mesh, chip, peak, state, table)
+    if refused == len(meshes):
+        raise UserError(f"--mesh: a run would refuse all {refused} layouts; the line of each says why")
+
+
+def decode_lines(
+    config: RLConfig, mesh: Mesh, chip: Chip, update_peak: float, state: float, table: Any
+) -> Iterator[str]:
+    """Lines about a token of decoding; a trainer beside it has `state` bytes, and at its fullest `update_peak`."""
+    rows, slots, model = config.rollout.engine_rows, config.batch_shape.tokens, config.model
+    what = f"One token of {rows} answers"
+    try:
+        made = compile_decode(config, mesh)
+    except UserError as error:
+        yield f"{what} over {shown(config.mesh)}: A RUN'S OWN ENGINE WOULD REFUSE IT: {error}"
+        return
+    except jax.errors.JaxRuntimeError as error:
+        yield f"{what} over {shown(config.mesh)}: {_too_large(error)}"
+        return
+    yield f"{what} behind {slots:,} tokens, weights in {model.dtype}, no trainer's state beside them ({made.how})"
+    yield from message_table(made, table)
+    parts = count.decoding_bytes(model, rows, slots)
+    yield from table(["memory of a chip", "GiB", "of it"], memory_rows(parts, made, chip))
+    # While it updates a trainer finds the engine's weights in place, while answers are sampled its state is.
+    weights, peak = next(iter(parts.values())), made.peak or sum(parts.values())
+    together = max(update_peak + weights, state + peak)
+    if config.mesh.along(GATHERED) == 1 and model.param_dtype == model.dtype:
+        together -= weights  # they are the trainer's
+    fits = "beside" if together < chip.memory else "NOT beside"
+    yield f"  {fits} a trainer on the same chips: together {together / GIB:.2f} GiB of {chip.memory / GIB:.2f}"
+    if made.peak:
+        seconds = made.arguments / chip.reads + sum(talk(config.mesh, made, chip))
+        least = f"seconds, at the least: all read once at {chip.reads / 1e9:,.0f} GB/s, then messages"
+        yield from table(["of a token", ""], [
+            [least, f"{seconds:.2g}"],
+            ["tokens a second of all chips, at the most", f"{rows / seconds:,.0f}"],
+        ])  # fmt: skip
+
+
+def shown(sizes: MeshConfig) -> str:
+    return " x ".join(f"{axis} {n}" for axis, n in sizes.sizes.items() if n > 1) or "one device"
 
 
 def _too_large(error: Exception) -> str:
@@ -332,27 +419,22 @@ def _too_large(error: Exception) -> str:
     return f"IT DOES NOT FIT: {told.partition('RESOURCE_EXHAUSTED: ')[2][:200]}"
 
 
-def memory_rows(model: ModelConfig, shape: Any, config: RLConfig, made: Compiled, chip: Chip) -> list[list[str]]:
-    parts = count.training_bytes(model, shape.rows, shape.tokens, config.optimizer.moments or model.param_dtype)
+def memory_rows(parts: Mapping[str, float], made: Compiled, chip: Chip, short: float = 1.0) -> list[list[str]]:
+    """What is counted, and what the compiler says; where there was none, `short` times what is counted."""
     rows = [[f"{what}, counted", f"{size / GIB:.2f}", f"{size / chip.memory:.0%}"] for what, size in parts.items()]
     total = sum(parts.values())
     if made.peak:
         rows.append(
             ["all that is counted", f"{total / GIB:.2f}", f"{total / made.peak - 1:+.0%} of the compiler's peak"]
         )
-        return rows + fit_rows(made, chip)
-    likely = SHORT * total
+        compiled = (("arguments", made.arguments), ("temporary", made.temporary), ("peak", made.peak))
+        rows += [[f"{what}, by the compiler", f"{n / GIB:.2f}", f"{n / chip.memory:.0%}"] for what, n in compiled]
+        return [*rows, fit(made.peak, chip)]
     rows.append(["all that is counted", f"{total / GIB:.2f}", f"{total / chip.memory:.0%}"])
-    rows.append([f"what a compiler may make of it, x {SHORT}", f"{likely / GIB:.2f}", f"{likely / chip.memory:.0%}"])
-    return [*rows, fit(likely, chip)]
-
-
-def fit_rows(made: Compiled, chip: Chip) -> list[list[str]]:
-    rows = [
-        [f"{what}, by the compiler", f"{size / GIB:.2f}", f"{size / chip.memory:.0%}"]
-        for what, size in (("arguments", made.arguments), ("temporary", made.temporary), ("peak", made.peak))
-    ]
-    return [*rows, fit(made.peak, chip)]
+    if short > 1:
+        likely = f"x {short}, as much as the TPU compiler took over it for MiniMax-M1"
+        rows.append([likely, f"{short * total / GIB:.2f}", f"{short * total / chip.memory:.0%}"])
+    return [*rows, fit(short * total, chip)]
 
 
 def fit(size: float, chip: Chip) -> list[str]:
@@ -369,19 +451,51 @@ def message_table(made: Compiled, table: Any) -> list[str]:
     return table(["messages to a chip", "along", unit], rows)
 
 
-def time_rows(
-    flops: float, tokens: int, devices: int, made: Compiled, chip: Chip, run: Any, price: float
-) -> list[list[str]]:
+def talk(mesh: MeshConfig, made: Compiled, chip: Chip) -> tuple[float, float]:
+    """Seconds of messages: of groups of chips that `link` joins, and of groups that reach beyond.
+
+    Chips are numbered with the last axis of the mesh the fastest, so a group lies within its slowest axis and all axes
+    behind that one.
+    """
+    joined = beyond = 0.0
+    for (_, axes), size in made.messages.items():
+        slowest = min(AXES.index(axis) for axis in axes.split(" x "))
+        span = mesh.along(AXES[slowest:])
+        if not chip.host or mesh.devices <= chip.host or chip.host % span == 0:
+            joined += size / chip.link
+        else:
+            beyond += size / chip.between
+    return joined, beyond
+
+
+def forward_flops(config: RLConfig) -> float:
+    """Of one forward pass over a generation batch at its longest."""
+    shape = config.batch_shape
+    rows = shape.updates * shape.micro_batches * shape.rows
+    return rows * count.sequence_flops(count.footprint(config.model), shape.tokens)
+
+
+def time_rows(config: RLConfig, made: Compiled, chip: Chip, run: Any) -> list[list[str]]:
+    shape, devices, price = config.batch_shape, config.mesh.devices, run.dollars_per_gpu_hour or chip.dollars
+    tokens = shape.updates * shape.micro_batches * shape.rows * shape.tokens * config.update.passes
+    passes, which = count.training_passes(config.model.remat) * config.update.passes, ""
+    if config.loss.ratio_anchor == "trainer":
+        passes, which = passes + 1, ", a forward pass for the trainer's anchor among them"
+    flops = forward_flops(config) * passes
     busy = flops / devices / chip.flops / run.training_utilisation
-    talk = sum(made.messages.values()) / chip.link
-    hours = (max(busy, talk) / 3600, (busy + talk) / 3600)
+    joined, beyond = talk(config.mesh, made, chip)
+    said = [f"seconds of messages, at {chip.link / 1e9:.0f} GB/s", f"{joined:,.0f}"]
+    if chip.host:
+        said[0] += f" within {chip.host} chips + at {chip.between / 1e9:.0f} GB/s beyond"
+        said[1] += f" + {beyond:,.0f}"
+    hours = (max(busy, joined + beyond) / 3600, (busy + joined + beyond) / 3600)
     return [
-        ["FLOPs of a chip", f"{flops / devices:.3g}"],
+        [f"FLOPs of a chip{which}", f"{flops / devices:.3g}"],
         [
             f"seconds of computing, at {run.training_utilisation:.0%} of the peak (--training_utilisation)",
             f"{busy:,.0f}",
         ],
-        [f"seconds of messages, at {chip.link / 1e9:.0f} GB/s", f"{talk:,.0f}"],
+        said,
         [
             "seconds of the updates: messages all hidden, or none, on all links at once",
             " to ".join(f"{h * 3600:,.0f}" for h in hours),
@@ -391,4 +505,15 @@ def time_rows(
             "dollars for 1e9 places of tokens, padding included",
             " to ".join(f"{h * devices * price / tokens * 1e9:,.0f}" for h in hours),
         ],
+    ]
+
+
+def reference_lines(config: RLConfig, parameters: float) -> list[str]:
+    """What the frozen reference adds, whose program is another one; `parameters` are the bytes of a chip's."""
+    if not config.loss.kl_coefficient:
+        return []
+    flops = forward_flops(config) / config.mesh.devices
+    return [
+        f"  not in it: the forward pass of the reference (loss.kl_coefficient), {flops:.3g} FLOPs of a chip, and its "
+        f"copy of the parameters, {parameters / GIB:.2f} GiB"
     ]

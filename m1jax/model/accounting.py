@@ -9,15 +9,16 @@ A FLOP is a multiplication or an addition, so a parameter that acts on a token c
 parameters, attention's products of tokens with tokens, and the recurrence of lightning attention. Left out: softmax,
 norms, activations and rotary embedding (their parameters are counted as if multiplied), the router's top-k, sampling.
 
-Not known here: how fast any device is, communication, activations and workspace of a compiled program, and whether an
-expert's weights have to be read. Nothing here imports jax.
+Of what a program holds besides its arguments, `training_bytes` counts the large arrays: what a compiler takes for a
+program is its own to say (experiments/plan_aot.py asks one). Not known here: how fast any device is, communication, and
+whether an expert's weights have to be read. Nothing here imports jax.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from m1jax.mesh import GATHERED
+from m1jax.mesh import GATHERED, ROWS
 from m1jax.model.config import ModelConfig
 
 ACCOUNTINGS = {
@@ -300,19 +301,18 @@ def weight_bytes(config: ModelConfig) -> int:
     return (count.total - gates) * size + gates * max(4, size)
 
 
-def optimizer_bytes(config: ModelConfig, moments: str = "param_dtype", master: bool = False) -> int:
+def optimizer_bytes(config: ModelConfig, moments: str = "", master: bool = False) -> int:
     """Of AdamW's m and v, without two counters of 4 bytes.
 
     Args:
         config: the model.
-        moments: "param_dtype" is what `train/optimizer.py` does: each moment has its parameter's dtype, bfloat16 for
-            bfloat16 parameters. Or one dtype for all, "float32" in the usual mixed-precision recipe.
+        moments: as `optimizer.moments` of a config: one dtype for all, or "" for that of each parameter.
         master: add a float32 copy of the parameters that are narrower than that. Our trainer keeps none: it trains
             float32 parameters and computes in `dtype` (ModelConfig.param_dtype, .dtype).
     """
     count = parameters(config)
     narrow = count.total - count.parts["router gates"] if _SIZES[config.param_dtype] < 4 else 0
-    both = 2 * (weight_bytes(config) if moments == "param_dtype" else count.total * _SIZES[moments])
+    both = 2 * (count.total * _SIZES[moments] if moments else weight_bytes(config))
     return both + master * 4 * narrow
 
 
@@ -338,28 +338,32 @@ def logits_bytes(config: ModelConfig, tokens: int) -> int:
     return tokens * config.vocab_size * max(4, _SIZES[config.dtype])
 
 
-# Bytes of a device in training --------------------------------------------------------------------------------------
+# Bytes of a device --------------------------------------------------------------------------------------------------
 
 
-def training_bytes(config: ModelConfig, rows: int, tokens: int, moments: str) -> dict[str, float]:
+def training_bytes(
+    config: ModelConfig, rows: int, tokens: int, moments: str, blocked: bool = False
+) -> dict[str, float]:
     """What one device of `config.mesh` holds at the fullest moment of an update, by kind.
 
     Args:
         config: the model; its mesh says what is dealt out, its remat what is kept for the backward pass.
         rows, tokens: of a micro-batch, on all devices together.
-        moments: dtype of AdamW's.
+        moments: dtype of AdamW's, "" for that of the parameters.
+        blocked: softmax attention writes the scores of a block of queries to memory (no kernel serves it).
 
     The moment is the backward pass of a layer, or that of the head, whichever takes more: both are held against what a
     compiler found in BUILD.md. Not counted: the batch, what a compiler keeps twice, fragments.
     """
     c, mesh, sizes = config, config.mesh, _SIZES
-    M = rows // mesh.along(("data", "fsdp", "expert")) * (tokens // mesh.context)
+    B, T = rows // mesh.along(ROWS), tokens // mesh.context
+    M = B * T
     D, V, wide = c.hidden_size, c.vocab_size // mesh.tensor, max(4, sizes[c.dtype])
     held = held_parameters(c)
     narrow = sizes[c.dtype]
     parts = {
         "parameters": held * sizes[c.param_dtype],
-        "AdamW's moments": 2 * held * sizes[moments],
+        "AdamW's moments": 2 * held * sizes[moments or c.param_dtype],
         "gradients of a micro-batch, and their sum": 2 * held * sizes[c.param_dtype],
         f"kept for the backward pass (remat {c.remat!r})": c.num_layers * M * _kept_per_token(c) * narrow,
     }
@@ -371,9 +375,31 @@ def training_bytes(config: ModelConfig, rows: int, tokens: int, moments: str) ->
     mlp = (4 * slots * D + 5 * slots * F + 2 * M * A * D + weights) * narrow + (M * D + weights) * wide
     weights = 5 * D * X
     attention = (4 * M * D + 12 * M * X + weights) * narrow + weights * wide
+    if blocked and "softmax" in c.kinds:
+        scores = c.num_heads // mesh.tensor * B * min(c.attention_block, T) * tokens * wide
+        attention += BLOCKED_SCORES * scores
     block = min(M, 2**24 // V)
     head = D * V * (sizes[c.param_dtype] + 2 * wide) + 3 * block * V * wide + 2 * M * D * narrow
     return parts | {"the layer, or the head, that is computed": max(mlp, attention, head)}
+
+
+BLOCKED_SCORES = 3
+"""Times that the scores of a block are there in the backward pass: their exponentials, and the gradients of both."""
+
+
+def decoding_bytes(config: ModelConfig, rows: int, slots: int) -> dict[str, float]:
+    """What one device of `config.mesh` holds while `rows` answers decode in the local engine, by kind.
+
+    Weights are in `dtype`, and whole along `data`, `fsdp` and `context`, where rows are dealt out; `slots` are the
+    tokens that a row may have.
+    """
+    c, mesh = config, config.mesh
+    whole = replace(c, mesh=replace(mesh, data=1, fsdp=1, context=1))
+    here = rows // mesh.along((*ROWS, "context"))
+    return {
+        f"weights in {c.dtype}": held_parameters(whole) * _SIZES[c.dtype],
+        "caches of answers": (state_bytes(c, here) + kv_bytes(c, here, slots)) / mesh.tensor,
+    }
 
 
 def held_parameters(config: ModelConfig) -> float:

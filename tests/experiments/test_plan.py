@@ -116,6 +116,23 @@ def test_the_model_of_a_runs_config(tmp_path, capsys):
     assert out.startswith("Parameters of rl_tiny_cpu\n") and "814,592" in out
 
 
+def test_the_moments_of_a_runs_config(tmp_path, capsys):
+    config = tmp_path / "moments.py"
+    config.write_text(
+        "from configs import models\n"
+        "def get_config(moments=''):\n"
+        "    return {'model': models.m1().to_dict(), 'optimizer': {'moments': moments}}\n"
+    )
+    title, row = "Bytes that do not grow", "AdamW's m and v in "
+    for moments, what, held in (("", "the parameters' dtypes", "1.66 TiB"), ("float32", "float32", "3.32 TiB")):
+        out = printed(capsys, tmp_path, f"--config={config}:{moments}")
+        assert cells(out, title, f"{row}{what} (optimizer.moments={moments!r})") == held
+        assert out.count("(optimizer.moments=") == 1
+    assert printed(capsys, tmp_path).count("(optimizer.moments=") == 3
+    assert plan.main([f"--workdir={tmp_path}", f"--config={config}:float16"]) == 2
+    assert capsys.readouterr().err.startswith("error: config.optimizer.moments: 'float16' must be one of ")
+
+
 def test_the_accounting_of_the_tables(tmp_path, capsys):
     full = printed(capsys, tmp_path, "--accounting=full")
     assert cells(full, "FLOPs of generating n tokens, accounting full", "128K") == "18.0 P 95.5 P 58.6 P"
