@@ -47,7 +47,7 @@ if ! kill -0 "$server" 2>/dev/null; then
     exit 2
 fi
 
-# The trainer waits for the server by itself. A signal to this script goes on to it; it saves, and its exit code is ours.
+# The trainer waits for the server by itself. A signal to this script goes on to it: it saves, its exit code is ours.
 "$python" -m experiments.train_rl --config="$config" --workdir="$workdir" --init_from="$init_from" \
     --config.servers.urls="http://127.0.0.1:$port" "$@" &
 trainer=$!
