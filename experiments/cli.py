@@ -23,8 +23,10 @@ import importlib.util
 import inspect
 import os
 import shlex
+import socket
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,14 +74,15 @@ def run(
     argv = sys.argv[1:]
 
     def body() -> None:
-        from m1jax.train.hosts import together  # it imports jax, without which some entry points live
+        from m1jax.train.hosts import lost_is_told, together  # it imports jax, without which some entry points live
 
         join_hosts()
-        main(together(lambda: parse(argv, add_flags)))
+        with lost_is_told():
+            main(together(lambda: parse(argv, add_flags)))
 
     try:
         code = guard(body, _command(argv), memory)
-    except BaseException:
+    except Exception:
         if not os.environ.get(PROCESSES):
             raise
         traceback.print_exc()
@@ -99,9 +102,8 @@ def join_hosts() -> None:
         return
     import jax
 
-    jax.config.update(
-        "jax_enable_recoverability", True
-    )  # a host that is lost ends the job by our line, not by an abort
+    jax.config.update("jax_enable_recoverability", True)  # a host that is lost ends the job by our line, not an abort
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself until a run listens
     asked: dict[str, Any] = {}
     if count != "auto":
         address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
@@ -111,13 +113,18 @@ def join_hosts() -> None:
                 f"{PROCESSES}={count!r}, {PROCESS}={process!r}, JAX_COORDINATOR_ADDRESS={address!r}: a job of several "
                 f"processes needs all three; start it by a script of launch/"
             )
-        asked = {"num_processes": int(count), "process_id": int(process), "local_device_ids": None}
+        asked = {"num_processes": int(count), "process_id": int(process)}
     try:
         # JAX's own watch aborts without a word of where; ours (m1jax.train.hosts) has spoken long before.
         jax.distributed.initialize(**asked, heartbeat_timeout_seconds=300)
     except (RuntimeError, ValueError) as error:
-        told = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"the processes of this job did not find each other: {told}") from error
+        told = f"the processes of this job did not find each other: {str(error).strip().split(chr(10))[0][:200]}"
+        # One that is late (a new node for one that was lost) is worth another try, an address that is none is not.
+        raise HostLost(told) if isinstance(error, RuntimeError) else UserError(told) from error
+    counts = Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"process {number} has {count}" for number, count in sorted(counts.items()))
+        raise UserError(f"{socket.gethostname()}: every process needs as many devices, and {told}; give all as many")
 
 
 LAST_S = 10.0

@@ -14,6 +14,7 @@ import argparse
 from experiments import cli
 from m1jax.config import build
 from m1jax.rl.loop import RLConfig, train
+from m1jax.train.hosts import together
 
 
 def main(arguments: cli.Arguments) -> None:
@@ -23,7 +24,7 @@ def main(arguments: cli.Arguments) -> None:
         arguments.config["rollout"]["overfit_one_batch"] = True
     if arguments.more.replay:
         arguments.config["rollout"]["replay"] = arguments.more.replay
-    train(build(RLConfig, arguments.config), arguments.workdir)
+    train(together(lambda: build(RLConfig, arguments.config)), arguments.workdir)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

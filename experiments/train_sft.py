@@ -8,12 +8,13 @@ from __future__ import annotations
 from experiments import cli
 from m1jax.config import build
 from m1jax.train import sft
+from m1jax.train.hosts import together
 
 
 def main(arguments: cli.Arguments) -> None:
     if arguments.init_from:
         arguments.config["init_from"] = str(arguments.init_from)
-    sft.train(build(sft.SFTConfig, arguments.config), arguments.workdir)
+    sft.train(together(lambda: build(sft.SFTConfig, arguments.config)), arguments.workdir)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def _gather(x, dim, dtype):
 
 
 def _gather_forward(x, dim, dtype):
-    return _gather(x, dim, dtype), jnp.zeros((), x.dtype)
+    # Written out: a call of `_gather` would hide the message from the policy that keeps no gathered weights.
+    whole = jax.lax.all_gather(x.astype(dtype), GATHERED, axis=dim, tiled=True)
+    return whole, jnp.zeros((), x.dtype)
 
 
 def _gather_backward(dim, dtype, like, dy):

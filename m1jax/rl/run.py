@@ -171,6 +171,7 @@ class Run:
         state: parameters, optimizer, PRNG key.
         reference: the frozen reference, rollouts to log-probabilities; None without one.
         saved: step of the newest checkpoint, -1 before the first.
+        watchdog: of the other processes; None where there are none.
         cpu: CPU seconds of this process when the last step was recorded.
         outcome: held-out tables and answers of the first and of the last evaluation, and seconds by stage so far.
     """
@@ -192,6 +193,7 @@ class Run:
     step: int = 0
     saved: int = -1
     unrecorded: dict[str, float] | None = None
+    watchdog: hosts.Watchdog | None = None
     cpu: float = 0.0
     outcome: dict[str, Any] = field(
         default_factory=lambda: {"evaluated": -1, "heldout": {}, "samples": {}, "seconds": {}}
@@ -275,9 +277,12 @@ class Run:
         """Let our engines give up what they are at when the run is asked to stop: it may take longer than there is."""
         if isinstance(self.engine, LocalEngine):  # all processes compute together, and have to stop together
             self.engine.stopped = lambda: hosts.anywhere(stopped())
+        asked, watchdog = stopped, self.watchdog
+        if watchdog is not None:  # while servers answer the first alone, the others cannot say it by a message
+            watchdog.stopped, asked = stopped, lambda: watchdog.asked
         servers = self.engine.engine if isinstance(self.engine, LedEngine) else self.engine
         if isinstance(servers, SGLangEngine):
-            servers.stopped = stopped
+            servers.stopped = asked
 
     def note_engine(self) -> None:
         """Put what the engine tells of a step to the metrics that are not recorded yet, where there are any."""
@@ -434,18 +439,18 @@ def server_engine(config: RLConfig, questions: Questions, folder: Path, log: Cal
 
 
 def open_reference(
-    config: RLConfig, folder: Path, params: Params, mesh: Mesh, log: Callable[[str], None]
+    config: RLConfig, folder: Path, params: Params, fresh: bool, mesh: Mesh, log: Callable[[str], None]
 ) -> Callable[[list[Prompt], list[list[Rollout]]], list[list[np.ndarray]]]:
     """The parameters that a run starts from, as a function of rollouts; kept in `reference/` for when it is resumed."""
     with Checkpoints(folder / REFERENCE, 1, log) as store:
-        if steps(folder / "checkpoints"):
+        if fresh:
+            store.save(0, {"params": params}, {})
+            frozen = jax.tree.map(jnp.copy, params)  # the update writes over the originals
+        else:
             restored = store.restore_latest({"params": params})
             if restored is None:
                 raise UserError(f"{folder / REFERENCE}: gone, and with it what the run is held near; start it anew")
             frozen = restored[1]["params"]
-        else:
-            store.save(0, {"params": params}, {})
-            frozen = jax.tree.map(jnp.copy, params)  # the update writes over the originals
     logprobs = make_frozen_logprobs(config.model, mesh, temperature=config.sampling.temperature)
     shape, longest = config.batch_shape, config.sampling.max_tokens
 
@@ -462,14 +467,8 @@ def noise_seed(key: jax.Array) -> int:
     return int(jax.random.bits(key)) >> 1
 
 
-@contextmanager
-def open_run(
-    config: RLConfig, workdir: str | Path, params: Params | None, engine: Engine | None, log: Callable[[str], None]
-) -> Iterator[Run]:
-    """Set a run up, restored from its last checkpoint where it has one, and close it whatever happens."""
-    folder, mesh = Path(workdir), make_mesh(config.mesh)
-    hosts.preflight(folder, to_dict(config))
-    model = on_mesh(config.model, mesh)
+def check_sizes(config: RLConfig, mesh: Mesh, engine: Engine | None) -> None:
+    """Raise UserError where rows cannot be dealt out to the devices, or two things stand in for the engine."""
     check_tokens(config.batch_shape.tokens, "config.update.row_tokens", mesh)
     check_rows(config.update.micro_batch_rows, "config.update.micro_batch_rows", mesh)
     if engine is not None and config.rollout.replay:
@@ -486,33 +485,46 @@ def open_run(
         prompts = config.rollout.engine_rows // config.rollout.responses
         check_rows(prompts, "config.rollout.engine_rows / responses", mesh, engine_local.ROWS)
 
-    questions = hosts.together(lambda: open_questions(config))
-    problems = TrainProblems(
-        questions.tasks, config.problems.heldout_share, config.problems.per_task, config.seed, parse_mix(config.tasks)
-    )
-    distinct = config.rollout.prompts if config.rollout.overfit_one_batch else 0
-    source = PromptSource(problems, questions.tokenize, config.problems.max_prompt_tokens, config.seed, distinct)
 
-    if params is None and config.init_from and not steps(folder / "checkpoints"):
-        place = placed(mesh, parameter_specs(model))
-        params, meta = hosts.together(lambda: init_params(str(config.init_from), config.model, place, log))
-        check_heldout(config, meta)
-    heldout = questions.heldout
-    if config.rollout.replay:
-        engine, heldout = ReplayEngine(config.rollout.replay, config.steps), []  # what others sampled tests nothing
-    optimizer = make_optimizer(config.optimizer)
-    state = init_state(config.seed, config.model, optimizer, mesh, params)
-    # After everything that a user may have to mend in the config.
-    hosts.from_first(lambda: report.claim_run_folder(folder, config, apart=("servers", "mesh", "hosts")))
-    hosts.from_first(lambda: save_tokenizer(config.tokenizer, folder / HUGGINGFACE))
-    reference = None
+@contextmanager
+def open_run(
+    config: RLConfig, workdir: str | Path, params: Params | None, engine: Engine | None, log: Callable[[str], None]
+) -> Iterator[Run]:
+    """Set a run up, restored from its last checkpoint where it has one, and close it whatever happens."""
+    folder = Path(workdir)
+    hosts.preflight(folder, to_dict(config))
     with ExitStack() as stack:
         clock = Clock()
         stack.callback(clock.close)
-        stack.enter_context(hosts.watched(folder, config.hosts, clock))
+        watchdog = stack.enter_context(hosts.watched(folder, config.hosts, clock))
+        mesh = make_mesh(config.mesh)
+        model = on_mesh(config.model, mesh)
+        check_sizes(config, mesh, engine)
+        questions = hosts.together(lambda: open_questions(config))
+        problems = TrainProblems(
+            questions.tasks, config.problems.heldout_share, config.problems.per_task, config.seed,
+            parse_mix(config.tasks),
+        )  # fmt: skip
+        distinct = config.rollout.prompts if config.rollout.overfit_one_batch else 0
+        source = PromptSource(problems, questions.tokenize, config.problems.max_prompt_tokens, config.seed, distinct)
+
+        fresh = hosts.from_first(lambda: not steps(folder / "checkpoints"))
+        if params is None and config.init_from and fresh:
+            place = placed(mesh, parameter_specs(model))
+            params, meta = hosts.together(lambda: init_params(str(config.init_from), config.model, place, log))
+            check_heldout(config, meta)
+        heldout = questions.heldout
+        if config.rollout.replay:
+            engine, heldout = ReplayEngine(config.rollout.replay, config.steps), []  # what others sampled tests nothing
+        optimizer = make_optimizer(config.optimizer)
+        state = init_state(config.seed, config.model, optimizer, mesh, params)
+        # After everything that a user may have to mend in the config.
+        hosts.from_first(lambda: report.claim_run_folder(folder, config, apart=("servers", "mesh", "hosts")))
+        hosts.from_first(lambda: save_tokenizer(config.tokenizer, folder / HUGGINGFACE))
+        reference = None
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint.keep, log))
         if config.loss.kl_coefficient:
-            reference = open_reference(config, folder, state.params, mesh, log)
+            reference = open_reference(config, folder, state.params, fresh, mesh, log)
         restored = checkpoints.restore_latest(state)
         step, meta = 0, {}
         if restored is not None:
@@ -565,7 +577,7 @@ def open_run(
         run = Run(
             config=config, folder=folder, mesh=mesh, prompts=prompts, heldout=heldout, scorer=scorer, engine=engine,
             update=update, checkpoints=checkpoints, sinks=sinks, clock=clock, log=log, state=state, step=step,
-            saved=first, reference=reference, unrecorded=meta.get("unrecorded"),
+            saved=first, reference=reference, unrecorded=meta.get("unrecorded"), watchdog=watchdog,
         )  # fmt: skip
         if "outcome" in meta:
             run.outcome = {"evaluated": step} | meta["outcome"]

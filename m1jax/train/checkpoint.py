@@ -22,6 +22,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -162,7 +163,7 @@ class Checkpoints:
         try:
             found = _fingerprints_together(folder)
         except OSError as error:
-            return f"{Path(error.filename or folder).name}: {error.strerror}"
+            return _damage(error)
         return from_first(lambda: find_damage(folder, found))
 
     def close(self) -> None:
@@ -273,13 +274,16 @@ def find_damage(folder: Path, found: _Fingerprints | None = None) -> str | None:
     Args:
         folder: the checkpoint.
         found: the fingerprints of its files; read from there by default.
+
+    Raises:
+        UserError: a file is there and cannot be read.
     """
     try:
         expected = json.loads((folder / _MANIFEST).read_text())
         found = _fingerprints(folder) if found is None else found
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        return _damage(error)
+    except ValueError as error:
         return f"{_MANIFEST} is unreadable: {error}"
     for name, (size, crc) in expected.items():
         if name not in found:
@@ -289,6 +293,14 @@ def find_damage(folder: Path, found: _Fingerprints | None = None) -> str | None:
         if found[name][1] != crc:
             return f"{name} has changed since it was written"
     return None
+
+
+def _damage(error: OSError) -> str:
+    """What an error says of a checkpoint: a file that is missing is damage, one that cannot be read may be whole."""
+    if isinstance(error, FileNotFoundError):
+        return f"{Path(error.filename).name} is missing"
+    told = f"{error.filename}: cannot be read ({error.strerror})"
+    raise UserError(f"{told}; mend that, or move its checkpoint away, and start again") from error
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -363,7 +375,8 @@ def _fingerprints_together(folder: Path) -> _Fingerprints:
     try:
         part = _fingerprints(folder, mine)
     except OSError as error:
-        problem = error
+        host = f" on host {socket.gethostname()}" if jax.process_count() > 1 else ""
+        problem = OSError(error.errno, f"{error.strerror}{host}", error.filename)
     told = exchange((part, problem))
     for _, problem in told:
         if problem is not None:

@@ -23,7 +23,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +38,7 @@ from m1jax.train.clock import Clock
 T = TypeVar("T")
 FOLDER = "hosts"
 LOST = ("gloo", "nccl", "connection", "unavailable", "deadline", "coordination", "socket", "barrier")
-"""Words of the errors by which a message between hosts fails."""
+"""Words of the errors by which a message between hosts fails; backends differ in them."""
 GRACE_S = 5.0
 """Seconds from the conclusion that a host is lost to the end of a process whose main thread has not come to it."""
 
@@ -220,7 +220,8 @@ def _check_shared(folder: Path, names: list[str]) -> None:
     problems = exchange(problem)
     marks = [folder / FOLDER / f".{token}-{n:05d}" for n in range(len(names))]
     missing = from_first(lambda: _absent(marks))
-    mark.unlink(missing_ok=True)
+    with suppress(OSError):  # it could not be written, then
+        mark.unlink()
     for number, (host, problem) in enumerate(zip(names, problems, strict=True)):
         if not problem and number in missing:
             problem = "writes into another folder of that name"
@@ -277,6 +278,7 @@ class _Sign:
     stage: str = "starting"
     step: int = 0
     since: float = 0.0
+    asked: bool = False
 
     def __str__(self) -> str:
         return f"{self.host} in {self.stage} of step {self.step}"
@@ -290,6 +292,9 @@ class Watchdog:
         config: when to give up.
         clock: says which stage runs.
         leave: ends the process where the main thread cannot: it may wait for a host that is gone, for ever.
+
+    Attributes:
+        stopped: whether this process was asked to stop, which the others are shown.
     """
 
     def __init__(
@@ -303,6 +308,7 @@ class Watchdog:
         self.config, self.clock, self.leave, self.beat_s = config, clock, leave, beat_s
         self.folder, self.index, self.count = folder / FOLDER, jax.process_index(), jax.process_count()
         self.found, self._explaining = "", False
+        self.stopped: Callable[[], bool] = lambda: False
         self._signs = {n: _Sign(heard=time.monotonic(), since=time.monotonic()) for n in range(self.count)}
         self._over, self._beat, self._deaf, self._listened = threading.Event(), 0, False, time.monotonic()
         self._run = from_first(lambda: uuid.uuid4().hex[:8])  # files of an earlier start say nothing of this one
@@ -315,6 +321,11 @@ class Watchdog:
         self._over.set()
         self._thread.join()
         self._show("gone")
+
+    @property
+    def asked(self) -> bool:
+        """Whether a process of the job was asked to stop, as far as was heard: for who waits for no message."""
+        return self.stopped() or any(sign.asked for sign in self._signs.values())
 
     def explain(self, seconds: float) -> str:
         """Which process is gone, once that is clear; "" where none turns out to be within `seconds`."""
@@ -343,7 +354,7 @@ class Watchdog:
         path = self.folder / f"{self.index:05d}.json"
         staging = path.with_suffix(".new")
         try:
-            staging.write_text(json.dumps(sign | {"step": self.clock.step}))
+            staging.write_text(json.dumps(sign | {"step": self.clock.step, "asked": self.stopped()}))
             staging.replace(path)
             self._deaf = False
         except OSError:
@@ -367,7 +378,7 @@ class Watchdog:
             if (heard["stage"], heard["step"]) != (sign.stage, sign.step):
                 sign.since = now
             sign.host, sign.beat, sign.stage, sign.step = heard["host"], heard["beat"], heard["stage"], heard["step"]
-            sign.heard = now
+            sign.heard, sign.asked = now, heard.get("asked", False)
         self.found = self._lost(now) or self._stuck(now)
 
     def _lost(self, now: float) -> str:
@@ -395,23 +406,42 @@ class Watchdog:
 
 
 @contextmanager
-def watched(folder: Path, config: HostsConfig, clock: Clock) -> Iterator[None]:
-    """A run among whose processes one may be lost.
+def watched(folder: Path, config: HostsConfig, clock: Clock) -> Iterator[Watchdog | None]:
+    """A run among whose processes one may be lost; None where there is one process.
 
     Raises:
         HostLost: one was.
     """
     if jax.process_count() == 1:
-        yield
+        yield None
         return
     watchdog = Watchdog(folder, config, clock)
     try:
-        yield
-    except (jax.errors.JaxRuntimeError, ValueError) as error:  # Gloo's errors come as either
-        first = str(error).strip().split("\n")[0][:160]
-        if isinstance(error, UserError) or not any(word in first.lower() for word in LOST):
+        yield watchdog
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if not _may_be_lost(error):
             raise
-        told = watchdog.explain(config.lost_s + 5)
-        raise HostLost(told or f"the hosts lost each other ({first}); the last checkpoint stays") from error
+        if told := watchdog.explain(config.lost_s + 5):
+            raise HostLost(told) from error
+        raise  # `lost_is_told` judges by its words
     finally:
         watchdog.close()
+
+
+@contextmanager
+def lost_is_told() -> Iterator[None]:
+    """A message between hosts that failed is HostLost, also where nothing watches them yet."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        first = str(error).strip().split("\n")[0][:160]
+        if jax.process_count() > 1 and _may_be_lost(error) and any(word in first.lower() for word in LOST):
+            raise HostLost(f"the hosts lost each other ({first}); the last checkpoint stays") from error
+        raise
+
+
+def _may_be_lost(error: Exception) -> bool:
+    """Whether an error may be that of a message: Gloo's come as JAX's or as ValueError, a user's mistake as one too."""
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        return "RESOURCE_EXHAUSTED" not in str(error)
+    return not isinstance(error, UserError) and "gloo" in str(error).lower()

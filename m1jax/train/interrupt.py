@@ -8,10 +8,14 @@
                 raise Interrupted(stop.exit_code)
 
 The loop saves, the entry point prints and exits; this file only listens. A Ctrl-C after a request does not wait.
+
+Python calls a handler in its main thread, between two of its own instructions: while that thread waits for another
+host, for hours maybe, it does not come to it. So the signal's number goes into a pipe as well, which any thread reads.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -40,8 +44,22 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.requested: str | None = None
+        self._requested: str | None = None
+        self._handled = False
         self._previous: dict[signal.Signals, object] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._previous_fd = -1
+
+    @property
+    def requested(self) -> str | None:
+        """Asked from any thread."""
+        try:
+            for number in os.read(self._pipe[0], 64) if self._pipe else b"":
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    self._requested = self._requested or signal.Signals(number).name
+        except OSError:  # nothing new
+            pass
+        return self._requested
 
     @property
     def exit_code(self) -> int:
@@ -51,6 +69,10 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         # Python lets only the main thread set handlers; elsewhere (a notebook's worker) the flag stays None.
         if threading.current_thread() is threading.main_thread():
+            self._pipe = os.pipe()
+            for end in self._pipe:
+                os.set_blocking(end, False)
+            self._previous_fd = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -59,8 +81,14 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         self._previous.clear()
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._previous_fd)
+            pipe, self._pipe = self._pipe, None
+            for end in pipe:
+                os.close(end)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.requested:
+        if number == signal.SIGINT and self._handled:
             raise KeyboardInterrupt
-        self.requested = self.requested or signal.Signals(number).name
+        self._handled = True
+        self._requested = self._requested or signal.Signals(number).name

@@ -195,30 +195,30 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
     Raises:
         UserError, NonFinite, Interrupted: as `m1jax.rl.loop.train`.
     """
-    folder, mesh = Path(workdir), make_mesh(config.mesh)
+    folder = Path(workdir)
     hosts.preflight(folder, to_dict(config))
-    model = on_mesh(config.model, mesh)
-    check_tokens(config.rows.tokens, "config.rows.tokens", mesh)
-    check_rows(config.rows.micro_batch_rows, "config.rows.micro_batch_rows", mesh)
-    check_kernels(config.model)
-    sequences = hosts.together(lambda: Sequences(config))
-    optimizer = make_optimizer(config.optimizer)
-    fresh = not steps(folder / "checkpoints")
-    params = None
-    if config.init_from and fresh:
-        place = placed(mesh, parameter_specs(model))
-        params, _ = hosts.together(lambda: init_params(str(config.init_from), config.model, place, log))
-    state = init_state(config.seed, config.model, optimizer, mesh, params)
-    update = make_supervised_update(config.model, optimizer, mesh, router=config.router)
-    # After everything that a user may have to mend in the config.
-    hosts.from_first(lambda: report.claim_run_folder(folder, config, apart=("mesh", "hosts")))
-    hosts.from_first(lambda: save_tokenizer(config.tokenizer, folder / HUGGINGFACE))
-    step, cursor, seconds = 0, 0, {}
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         clock = Clock()
         stack.callback(clock.close)
         stack.enter_context(hosts.watched(folder, config.hosts, clock))
+        mesh = make_mesh(config.mesh)
+        model = on_mesh(config.model, mesh)
+        check_tokens(config.rows.tokens, "config.rows.tokens", mesh)
+        check_rows(config.rows.micro_batch_rows, "config.rows.micro_batch_rows", mesh)
+        check_kernels(config.model)
+        sequences = hosts.together(lambda: Sequences(config))
+        optimizer = make_optimizer(config.optimizer)
+        params = None
+        if config.init_from and hosts.from_first(lambda: not steps(folder / "checkpoints")):
+            place = placed(mesh, parameter_specs(model))
+            params, _ = hosts.together(lambda: init_params(str(config.init_from), config.model, place, log))
+        state = init_state(config.seed, config.model, optimizer, mesh, params)
+        update = make_supervised_update(config.model, optimizer, mesh, router=config.router)
+        # After everything that a user may have to mend in the config.
+        hosts.from_first(lambda: report.claim_run_folder(folder, config, apart=("mesh", "hosts")))
+        hosts.from_first(lambda: save_tokenizer(config.tokenizer, folder / HUGGINGFACE))
+        step, cursor, seconds = 0, 0, {}
         checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint.keep, log))
         if (restored := checkpoints.restore_latest(state)) is not None:
             step, state, meta = restored
@@ -230,7 +230,8 @@ def train(config: SFTConfig, workdir: str | Path, log: Callable[[str], None] = p
             nonlocal saved
             if saved != step:
                 meta = {"step": step, "cursor": cursor, "seconds": seconds, "config": to_dict(config)}
-                checkpoints.save(step, state, meta)
+                with clock.stage("save"):
+                    checkpoints.save(step, state, meta)
                 saved = step
 
         sinks = Sinks([

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -343,7 +344,27 @@ def test_every_file_is_read_by_one_of_the_processes(tmp_path, many, monkeypatch)
         return fingerprints(folder, names)
 
     monkeypatch.setattr(checkpoint, "_fingerprints", broken)
-    assert [getattr(error, "errno", None) for error in many(checkpoint._fingerprints_together, tmp_path)] == [5] * 3
+    for error in many(checkpoint._fingerprints_together, tmp_path):
+        assert (error.errno, error.strerror) == (5, f"Input/output error on host {socket.gethostname()}")
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_put_aside(tmp_path, monkeypatch):
+    """A mount that hangs on one host, or a permission, is no damage: all checkpoints would go, one after another."""
+    tree = {"params": np.arange(3.0)}
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, tree, {}, wait=True)
+
+        def refused(*_):
+            raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "00000002" / "state"))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_fingerprints", refused)
+            with pytest.raises(UserError, match=r"00000002/state: cannot be read \(Permission denied\); mend that, or"):
+                checkpoints.restore_latest(tree)
+        assert steps(tmp_path) == [1, 2]
+        found = checkpoints.restore_latest(tree)
+        assert found is not None and found[0] == 2
 
 
 @pytest.mark.parametrize("full", [True, False])

@@ -62,6 +62,14 @@ def test_a_folder_that_is_not_shared_is_refused(tmp_path, two, monkeypatch):
         preflight(tmp_path, {})
 
 
+def test_a_folder_that_this_host_cannot_write_is_refused_in_one_line(tmp_path, two, monkeypatch):
+    (tmp_path / "run").write_text("a file where the folder should be")
+    two["writes"] = False
+    monkeypatch.setattr(hosts, "_absent", lambda paths: [])
+    with pytest.raises(UserError, match=r"\(process 0\) cannot write there \(Not a directory\); give a --workdir that"):
+        preflight(tmp_path / "run", {})
+
+
 def test_one_process_asks_nobody(tmp_path):
     preflight(tmp_path, {})
     assert hosts.exchange(3) == [3] and hosts.from_first(lambda: 4) == 4 and not hosts.anywhere(False)
@@ -83,7 +91,7 @@ class Peer:
     """A process that shows signs of life in the folder until it is stopped."""
 
     def __init__(self, folder, run: str, stage: str = "update", step: int = 3):
-        self.folder, self.run, self.stage, self.step = folder, run, stage, step
+        self.folder, self.run, self.stage, self.step, self.asked = folder, run, stage, step, False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._live, daemon=True)  # a test that fails does not end it
         self._thread.start()
@@ -92,7 +100,7 @@ class Peer:
         beat = 0
         while not self._over.wait(0.02):
             beat += 1
-            sign = dict(run=self.run, host="there", beat=beat, stage=self.stage, step=self.step)
+            sign = dict(run=self.run, host="there", beat=beat, stage=self.stage, step=self.step, asked=self.asked)
             staging = self.folder / "hosts" / "00001.peer"
             staging.write_text(json.dumps(sign))
             staging.replace(self.folder / "hosts" / "00001.json")
@@ -211,6 +219,37 @@ def test_an_error_of_a_message_is_explained_by_who_is_gone(tmp_path, two, clock,
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
     with pytest.raises(UserError), watched(tmp_path, HostsConfig(), clock):
         raise UserError("config.gloo: no such key")
+
+
+def test_what_a_backend_says_of_a_peer_that_is_gone_need_not_be_known(tmp_path, two, clock):
+    with pytest.raises(HostLost, match="gave no sign of life"), watched(tmp_path, HostsConfig(lost_s=0.5), clock):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Accelerator device halted prematurely")
+    with pytest.raises(ValueError, match="socket"), watched(tmp_path, HostsConfig(), clock):
+        raise ValueError("a mistake of ours about a socket")
+
+
+def test_before_anybody_watches_the_words_of_an_error_say_that_a_host_is_lost(two, monkeypatch):
+    lost = jax.errors.JaxRuntimeError("UNAVAILABLE: connection reset by peer")
+    with pytest.raises(HostLost, match="the hosts lost each other"), hosts.lost_is_told():
+        raise lost
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), hosts.lost_is_told():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="UNAVAILABLE"), hosts.lost_is_told():
+        raise lost
+
+
+def test_who_is_asked_to_stop_is_seen_by_the_others(tmp_path, two, clock):
+    dog = Watchdog(tmp_path, HostsConfig(lost_s=60), clock, beat_s=0.02)
+    peer = Peer(tmp_path, dog._run)
+    assert wait(lambda: dog._signs[1].beat > 2) and not dog.asked
+    peer.asked = True
+    assert wait(lambda: dog.asked)
+    peer.die()
+    dog.stopped = lambda: True
+    shown = tmp_path / "hosts" / "00000.json"
+    assert wait(lambda: json.loads(shown.read_text())["asked"])
+    dog.close()
 
 
 @pytest.mark.parametrize("values", [dict(lost_s=0.0), dict(stall_s=-1.0)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -41,3 +43,30 @@ def test_a_thread_may_open_it():
     thread.start()
     thread.join()
     assert seen == [None]
+
+
+def test_another_thread_sees_it_while_the_main_one_is_deep_in_other_code():
+    """As in a message of XLA's to a host that does not answer: no handler of Python's runs until that returns."""
+    library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    held, seen = threading.Event(), []
+
+    def body(stop):
+        library.pthread_mutex_lock(mutex)
+        held.set()
+        time.sleep(1)  # until the main thread waits for the mutex
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            if stop.requested:
+                break
+            time.sleep(0.01)
+        seen.append((stop.requested, stop._handled))
+        library.pthread_mutex_unlock(mutex)
+
+    with StopSignal() as stop:
+        thread = threading.Thread(target=body, args=(stop,))
+        thread.start()
+        while not held.is_set():
+            pass
+        library.pthread_mutex_lock(mutex)
+        thread.join()
+    assert seen == [("SIGTERM", False)], "no handler had run"
