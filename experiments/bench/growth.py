@@ -3,15 +3,15 @@
     python -m experiments.bench.growth [--workdir=runs/growth] [--smoke] [--only=length|depth|memory]
 
 A supervised update of the tiny model, one row; programs of all lengths take turns. Compilations are without the cache.
-Memory is that of a process of its own that converts a Hugging Face folder into a checkpoint. Prints tables and writes
-growth.json. Some twenty minutes on two cores.
+Memory is that of a process of its own that converts a Hugging Face folder into a checkpoint, or that back. Prints
+tables and writes growth.json. Some twenty minutes on two cores, two of them for memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +30,6 @@ from experiments import cli
 from experiments.bench.core import interleaved_medians, log_log_slope, machine
 from m1jax.config import build
 from m1jax.mesh import MeshConfig
-from m1jax.model import transformer
 from m1jax.model.config import ModelConfig
 from m1jax.sharding import deal, make_mesh
 from m1jax.train.next_token import TokenBatch, make_supervised_update
@@ -53,7 +52,7 @@ def watch():
     while not over.wait(0.01):
         own = re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())
         peak[0] = max(peak[0], int(own[1]))
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 convert_weights.main(sys.argv[1:])
 over.set()
@@ -83,7 +82,7 @@ def bench(arguments: argparse.Namespace) -> None:
     if a.only in (None, "depth"):
         results["depth"] = depth((8, 16) if small else (8, 16, 40, 80), 1 if small else a.rounds)
     if a.only in (None, "memory"):
-        results["memory"] = memory((1, 2) if small else (8, 16, 32, 64))
+        results["memory"] = memory((1, 2) if small else (4, 8, 16, 32))
     a.workdir.mkdir(parents=True, exist_ok=True)
     (a.workdir / "growth.json").write_text(json.dumps(results, indent=2) + "\n")
     print("\n".join(["", *lines(results), "", f"written: {a.workdir / 'growth.json'}"]))
@@ -138,29 +137,33 @@ def depth(layers: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     return [{"layers": n, "seconds": min(values)} for n, values in seconds.items()]
 
 
-def memory(layers: Sequence[int]) -> list[dict[str, Any]]:
-    """Most bytes of its own of a process that converts a folder into a checkpoint, by the bytes of the folder."""
-    rows = []
+def memory(periods: Sequence[int]) -> list[dict[str, Any]]:
+    """Most bytes of its own of a process that converts a folder into a checkpoint, or that back, by the folder's bytes.
+
+    Args:
+        periods: of eight layers; the folders' sizes.
+    """
+    rows, values = [], np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as place:
-        for n in layers:
-            sizes = dict(num_layers=8 * n, hidden_size=256, num_heads=8, head_dim=32, expert_dim=512, scan_layers=True)
-            model, folder = tiny(**sizes), Path(place) / f"hf{n}"
-            params = jax.jit(transformer.init, static_argnums=1)(jax.random.key(0), dataclasses.replace(model))
-            values = {tensor.name: tensor for tensor in hf_tensors(model)}
-
-            def read(tensor: Any, params: Any = params) -> np.ndarray:
-                node = params
-                for name in tensor.leaf:
-                    node = node[name]
-                return tensor.to_theirs(np.asarray(node[tensor.index]))
-
-            write_hf(folder, model, to_hf(model), read)
-            del params, values
-            command = [sys.executable, "-c", WATCHED, f"--from={folder}", f"--to={Path(place) / f'checkpoint{n}'}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            peak = int(done.stdout.rpartition("PEAK ")[2]) * 1024
-            rows.append({"bytes": hf_bytes(hf_tensors(model), model.param_dtype), "peak": peak})
+        for n in periods:
+            folder, checkpoint, back = (Path(place) / f"{name}{n}" for name in ("folder", "checkpoint", "back"))
+            model = tiny(num_layers=8 * n, hidden_size=256, num_heads=8, head_dim=32, expert_dim=512, scan_layers=True)
+            tensors = hf_tensors(model)
+            write_hf(folder, model, to_hf(model), lambda tensor: values.standard_normal(tensor.shape, np.float32))
+            peaks = {"to_checkpoint": peak(folder, checkpoint), "to_folder": peak(checkpoint, back)}
+            rows.append({"bytes": hf_bytes(tensors, model.param_dtype), "tensors": len(tensors)} | peaks)
+            for done in (folder, checkpoint, back):
+                shutil.rmtree(done)
     return rows
+
+
+def peak(source: Path, target: Path) -> int:
+    """Most bytes of its own of a process that converts one into the other."""
+    command = [sys.executable, "-c", WATCHED, f"--from={source}", f"--to={target}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{source} to {target} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return int(done.stdout.rpartition("PEAK ")[2]) * 1024
 
 
 def lines(results: dict[str, Any]) -> list[str]:
@@ -174,14 +177,22 @@ def lines(results: dict[str, Any]) -> list[str]:
             seconds = {row["tokens"]: row["seconds"] for row in found["rows"] if row["layers"] == name}
             cells = "".join(f"{seconds[n]:>9.2f}" if n in seconds else f"{'-':>9}" for n in lengths)
             out.append(f"  8 layers, {name:<30}{cells}{found['slopes'][name]:>9.2f}")
+            cells = "".join(f"{seconds[n] / n * 1e6:>9.1f}" if n in seconds else f"{'-':>9}" for n in lengths)
+            out.append(f"    {'microseconds a token':<38}{cells}")
     if found := results.get("depth"):
         out += ["", "seconds of compiling an update, by layers"]
         out += [
             f"  {row['layers']:>3}{row['seconds']:>9.2f}{row['seconds'] / found[0]['seconds']:>7.2f}x" for row in found
         ]
     if found := results.get("memory"):
-        out += ["", "MB of a folder, and the most that the process which converts it has of its own"]
-        out += [f"  {row['bytes'] / 1e6:>8,.0f}{row['peak'] / 1e6:>10,.0f}" for row in found]
+        out += ["", "tensors and MB of a folder, and the most MB that a process which converts it has of its own"]
+        out.append(f"  {'tensors':>7}{'folder':>10}{'to checkpoint':>16}{'and back':>12}")
+        for row in found:
+            sizes = "".join(
+                f"{row[key] / 1e6:>{width},.0f}"
+                for key, width in (("bytes", 10), ("to_checkpoint", 16), ("to_folder", 12))
+            )
+            out.append(f"  {row['tensors']:>7,}{sizes}")
     return out
 
 

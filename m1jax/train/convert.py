@@ -1,8 +1,9 @@
 """Weights from one form into the other: Hugging Face folder or GGUF file to checkpoint, checkpoint to HF folder.
 
-Tensor by tensor in both directions, so that a model need not fit into memory; a checkpoint that a run saved is read by
-whole leaf, which is all layers of one kind of weight. The target appears under its name when
-it is whole: until then it is a hidden folder beside it, which goes when the conversion fails.
+Tensor by tensor in both directions (into a checkpoint: 16 MiB of them at a time), so that a model need not fit into
+memory; a checkpoint that a run saved is read by whole leaf, which is all layers of one kind of weight. The target
+appears under its name when it is whole: until then it is a hidden folder beside it, which goes when the conversion
+fails.
 
 config.json of an export is the one that came with the weights where it still describes them. A model without a bound
 on positions (max_positions 0) gets no `max_position_embeddings`, because servers take a 0 for the limit; they then

@@ -165,7 +165,7 @@ def test_leftovers_of_a_killed_conversion_go_with_the_next(tmp_path):
 
 
 def test_tensors_pass_one_at_a_time(tmp_path, monkeypatch):
-    """A leaf of seven layers is written in seven reads, and no tensor is read before the one before it is written."""
+    """A leaf of seven layers is written in seven reads, and no tensor is read before the writer has the one before."""
     order = []
     real_read = convert_module.HFTensor.to_ours
 
