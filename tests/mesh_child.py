@@ -17,6 +17,7 @@ from m1jax.rl.engine_local import LocalEngine
 from m1jax.rl.update import make_update
 from m1jax.sharding import deal, make_mesh, placed
 from m1jax.train.next_token import TokenBatch, make_supervised_update
+from m1jax.train.optimizer import OptimizerConfig, make_optimizer
 from m1jax.train.router import RouterConfig
 from m1jax.train.state import TrainState, apply_gradients, init_state, state_specs
 from m1jax.types import Sampling
@@ -37,6 +38,8 @@ MESHES = {
     "fsdp x context x tensor": MeshConfig(data=1, fsdp=2, context=2, tensor=2),
     "data x expert x context": MeshConfig(data=2, expert=2, context=2),
 }
+REMAT = {"fsdp": "none", "fsdp x expert x tensor": "layer", "fsdp x context x tensor": "products"}
+"""What is computed again in the backward pass changes no gradient, and what is gathered is gathered again then."""
 
 
 def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
@@ -139,7 +142,7 @@ def of_engine(sizes: MeshConfig, devices: Any, config: ModelConfig, params: Any)
 def of_adam(sizes: MeshConfig, devices: Any, config: ModelConfig, params: Any, clip: float) -> Any:
     """Parameters after two updates by identical gradients."""
     mesh = make_mesh(sizes, devices)
-    adam = optax.chain(optax.clip_by_global_norm(clip), optax.adamw(1e-2, 0.9, 0.95, 1e-15, weight_decay=0.1))
+    adam = make_optimizer(OptimizerConfig(1e-2, weight_decay=0.1, max_grad_norm=clip, moments="float32"))
     specs = state_specs(config, adam)
     rng = np.random.default_rng(1)
     grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), params)
@@ -167,18 +170,19 @@ def of_memory() -> dict[str, Any]:
     wide = ModelConfig(
         vocab_size=512, num_layers=4, hidden_size=128, num_heads=8, num_kv_heads=8, head_dim=16, rotary_dim=8,
         num_experts=8, experts_per_token=2, expert_dim=256, lightning_alpha=1.4, softmax_alpha=1.4, mlp_alpha=1.4,
-        layer_pattern=("lightning", "softmax"), remat="layer", lightning_chunk=8, attention_block=8,
+        layer_pattern=("lightning", "softmax"), lightning_chunk=8, attention_block=8,
     )  # fmt: skip
     tokens = np.ones((1, 8, 16), np.int32)
     batch, adam, found = TokenBatch(tokens, tokens, np.ones(tokens.shape, np.float32)), optax.adam(1e-3), {}
-    for axis in ("data", "fsdp", "tensor", "expert"):
+    for name in ("data", "fsdp", "tensor", "expert", "data, nothing again", "fsdp, nothing again"):
+        axis, _, again = name.partition(",")
         sizes = dataclasses.replace(ONE, **{axis: 8})
-        mesh, config = make_mesh(sizes), dataclasses.replace(wide, mesh=sizes)
+        mesh, config = make_mesh(sizes), dataclasses.replace(wide, mesh=sizes, remat="none" if again else "layer")
         update = make_supervised_update(config, adam, mesh, router=RouterConfig())
         state = init_state(0, config, adam, mesh)
         memory = update.lower(state, deal(batch, mesh)).compile().memory_analysis()
-        found[f"{axis}/state"] = memory.argument_size_in_bytes
-        found[f"{axis}/peak"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        found[f"{name}/state"] = memory.argument_size_in_bytes
+        found[f"{name}/peak"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     return found
 
 
@@ -189,6 +193,7 @@ def compute(dtype: str, parts: list[str], names: list[str]) -> dict[str, np.ndar
     for name in names:
         devices = jax.devices()[: 1 if name == "one" else 8]
         sizes = (ONE if name == "one" else MESHES[name]).on(len(devices))
+        config = dataclasses.replace(config, remat=REMAT.get(name, "none"))
         make = {
             "supervised": lambda: supervised(sizes, devices, config, params, batch),  # noqa: B023
             "golden": lambda: of_golden(sizes, devices),  # noqa: B023

@@ -384,7 +384,9 @@ def training_bytes(
 
 
 BLOCKED_SCORES = 3
-"""Times that the scores of a block are there in the backward pass: their exponentials, and the gradients of both."""
+"""Times that the scores of a block are in memory at once in the backward pass (their exponentials, the gradients of
+both), by XLA's compiler for CPUs; by that for TPUs it is 2, since what lies between two products is part of them. Not
+known for GPUs, where blocks are used most: the larger is taken."""
 
 
 def decoding_bytes(config: ModelConfig, rows: int, slots: int) -> dict[str, float]:

@@ -46,13 +46,15 @@ class SoftmaxAttention(nn.Module):
             v_BKSH = write_slots(cache["values"], v_BTKH.swapaxes(1, 2), where.first_slot, axis=2)
             cache = {"keys": k_BKSH, "values": v_BKSH}
             k_BSKH, v_BSKH = k_BKSH.swapaxes(1, 2), v_BKSH.swapaxes(1, 2)
-        in_order = cache is None and c.mesh.context == 1
+        in_order, part = cache is None, None
+        if in_order and c.mesh.context > 1:
+            part = jax.lax.axis_index("context"), c.mesh.context
         o_BTNH = softmax_attention(
             q_BTNH, k_BSKH, v_BSKH,
             q_positions_BT=positions_BT, k_positions_BS=where.key_positions_BS,
             q_segment_ids_BT=segment_ids_BT, k_segment_ids_BS=where.key_segment_ids_BS, block=c.attention_block,
-            in_order=in_order,
-            # A cache, and queries that are a part of the row, are for the blocked form alone.
+            in_order=in_order, part=part,
+            # A cache is for the blocked form alone.
             implementation=c.kernels.softmax if in_order and c.kernels.softmax != "auto" else None,
         )  # fmt: skip
         return sum_of_parts(o_BTNH.reshape(B * T, N * H) @ w_out.reshape(-1, D), c.mesh), cache

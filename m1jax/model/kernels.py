@@ -55,8 +55,8 @@ def check_kernels(config: ModelConfig) -> None:
         )
     if config.kernels.softmax not in ("auto", "blocked") and config.mesh.context != 1:
         raise UserError(
-            f"config.kernels.softmax: {config.kernels.softmax!r} takes whole rows, and mesh.context deals their tokens "
-            f"out; choose 'auto'"
+            f"config.kernels.softmax: {config.kernels.softmax!r} does not take every part of a row that mesh.context "
+            f"deals out; choose 'auto', which takes it where it can"
         )
     if config.kernels.softmax == "splash":
         reason = why_not("mosaic_tpu")

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from m1jax.errors import Stopped, UserError
-from m1jax.mesh import GATHERED, MeshConfig, flat
+from m1jax.mesh import GATHERED, TOKENS, MeshConfig, flat
 from m1jax.model import cache as cache_lib
 from m1jax.model.collectives import whole
 from m1jax.model.config import ModelConfig
@@ -31,8 +31,8 @@ from m1jax.model.transformer import by_layer, head, hidden_states, parameter_spe
 from m1jax.sharding import deal, on_mesh, placed, to_host
 from m1jax.types import ENDINGS, HELDOUT_INDEX, Params, Prompt, Rollout, Sampling
 
-ROWS = ("data", "fsdp", "expert", "context")
-"""Here rows are dealt out along these axes: a token that is decoded has no other tokens to be dealt out."""
+ROWS = TOKENS
+"""Here rows are dealt out along `context` too: a token that is decoded has no other tokens to be dealt out."""
 
 
 class LocalEngine:
@@ -71,12 +71,12 @@ class LocalEngine:
         self._kept: Params = None  # the parameters again, which no update writes over
         self._behind: ThreadPoolExecutor | None = None
         self._sample = jax.jit(self._sample_shards, static_argnames=("sampling", "responses", "record"))
-        self._gather = jax.jit(lambda params: params, out_shardings=placed(mesh, self.specs))
+        self._gather = jax.jit(partial(computed_with, dtype=config.dtype), out_shardings=placed(mesh, self.specs))
 
     def set_weights(self, params: Params, version: int) -> None:
+        self.params = self._kept = None  # before others of their size come to be
         whole = all(self.mesh.shape[axis] == 1 for axis in GATHERED)
-        self.params = params if whole else self._gather(params)
-        self.version, self._kept = version, None
+        self.params, self.version = params if whole else self._gather(params), version
 
     def generate(self, prompts: Sequence[Prompt], responses: int, sampling: Sampling, seed: int) -> list[list[Rollout]]:
         return self._generate(self.params, self.version, prompts, responses, sampling, seed, self.stopped)
@@ -275,6 +275,19 @@ def logits(params: Params, hidden_BD: jax.Array, config: ModelConfig) -> jax.Arr
 def _any(live_B: jax.Array, mesh: MeshConfig) -> jax.Array:
     """Whether a row is live here, or on a device that shares its experts and has to go on for our sake."""
     return live_B.any() if mesh.expert == 1 else jax.lax.pmax(live_B.any(), "expert")
+
+
+def computed_with(params: Params, dtype: str) -> Params:
+    """The matrices of the layers in the dtype that they are computed in; routers, scales and the head keep theirs.
+
+    The same numbers come of it: a layer casts its weights in any case.
+    """
+
+    def narrowed(path: Any, x: jax.Array) -> jax.Array:
+        names = [entry.key for entry in path]
+        return x if names[0] != "periods" or names[-1] in ("router", "scale") else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(narrowed, params)
 
 
 def _gathered(spec: P) -> P:

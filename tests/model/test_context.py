@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from m1jax.mesh import ONE, MeshConfig
-from m1jax.model.context import add_entering_state, entering, positions_in_segments, without_cache
+from m1jax.model.context import add_entering_state, entering, without_cache
 
 
 def rows(seed: int, B: int = 6, S: int = 32) -> np.ndarray:
@@ -73,5 +73,11 @@ def test_outputs_get_what_entered_decayed_to_each_token():
 def test_a_device_alone_has_whole_rows():
     segments = rows(2)
     where = without_cache(segments, ONE)
-    np.testing.assert_array_equal(where.segment_ids_BT, where.key_segment_ids_BS)
-    np.testing.assert_array_equal(where.positions_BT, positions_in_segments(segments))
+    np.testing.assert_array_equal(where.segment_ids_BT, segments)
+    np.testing.assert_array_equal(where.key_segment_ids_BS, segments)
+    np.testing.assert_array_equal(where.positions_BT, where.key_positions_BS)
+    for b, row in enumerate(segments):  # a token's position: the live tokens before it in its segment
+        live = [(t, s) for t, s in enumerate(row) if s]
+        for t, s in live:
+            start = max([0, *(u + 1 for u in range(t) if row[u] != s and row[u] > 0)])
+            assert where.positions_BT[b, t] == sum(start <= u < t for u, _ in live), (b, t)

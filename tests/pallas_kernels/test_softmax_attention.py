@@ -240,6 +240,49 @@ def test_splash_is_the_formula_forward_and_backward(shape):
         assert np.all(np.asarray(found)[where[2] == 0] == 0)
 
 
+@pytest.mark.parametrize(("parts", "tokens"), [(2, 256), (3, 384), (2, 1280)])
+def test_splash_takes_the_queries_of_a_part_of_a_row(parts, tokens):
+    """As each device along `context` has them: outputs side by side, gradients of keys and values added up."""
+    args, do, where = random_rows(tokens, 2, 1, 8)
+    (q, k, v), do, T = [np.float32(x) for x in args], np.float32(do), tokens // parts
+
+    @jax.jit
+    def of_part(q, k, v, do, index, q_positions, q_segments):
+        def out(q, k, v):
+            ids = q_positions, where[1], q_segments, where[3]
+            return call(q, k, v, *ids, in_order=True, part=(index, parts), implementation="splash")
+
+        o, pull = jax.vjp(out, q, k, v)
+        return o, *pull(do)
+
+    with interpreted():
+        found = []
+        for index in range(parts):
+            here = slice(index * T, (index + 1) * T)
+            of = q[:, here], k, v, do[:, here], index, where[0][:, here], where[2][:, here]
+            found.append(jax.block_until_ready(of_part(*of)))
+    o, dq, dk, dv = map(np.stack, zip(*found, strict=True))
+    rows = lambda x: np.moveaxis(x, 0, 1).reshape(q.shape)  # noqa: E731
+    tolerance = 5 * tokens**0.5 * np.finfo(np.float32).eps
+    expected = by_hand(*args, *where), *gradients_by_hand(*args, *where, do)
+    for x, y in zip((rows(o), rows(dq), dk.sum(0), dv.sum(0)), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def test_a_part_of_a_row_is_checked():
+    q, ids = np.ones((1, 4, 2, 6), np.float32), np.ones((1, 4), np.int32)
+    with pytest.raises(ValueError, match="there are 4 queries in each of 2 parts and 4 keys"):
+        call(q, q, q, ids, ids, ids, ids, in_order=True, part=(0, 2))
+    with pytest.raises(ValueError, match="a part of a row is in order, and has positions"):
+        call(q, q, q, in_order=True, part=(0, 2))
+    keys, many = np.ones((1, 8, 2, 6), np.float32), np.ones((1, 8), np.int32)
+    with (
+        lowering_for("tpu"),
+        pytest.raises(ValueError, match="the 4 tokens of a part of a row must be a"),
+    ):
+        call(q, keys, keys, ids, many, ids, many, in_order=True, part=(0, 2), implementation="splash")
+
+
 def test_splash_in_bfloat16():
     args, do, where = random_rows(300, 4, 2, 40)
     args, do = [jnp.asarray(x, jnp.bfloat16) for x in args], jnp.asarray(do, jnp.bfloat16)
@@ -329,6 +372,28 @@ def test_cudnn_is_called_on_gpus(shape, dtype, implementation, cudnn_here):
     for text in (forward, backward):
         assert all(line.count(f"tensor<{B}x{T}x{K}x{H}x") >= 2 for line in text.splitlines() if "@__cudnn$fmha" in line)
         assert f"{T}x{T}x" not in text
+
+
+def test_splash_of_a_part_is_lowered_for_tpus():
+    """By default, where a row of 4,096 tokens is dealt out to 4 devices."""
+    shape = lambda tokens, heads: jax.ShapeDtypeStruct((1, tokens, heads, 128), jnp.bfloat16)  # noqa: E731
+    ids = lambda tokens: jax.ShapeDtypeStruct((1, tokens), jnp.int32)  # noqa: E731
+
+    def gradients(q, k, v, index, here, row):
+        attended = lambda *args: call(*args, here, row, here, row, in_order=True, part=(index, 4))  # noqa: E731
+        return jax.grad(lambda *args: attended(*args).astype(jnp.float32).sum(), (0, 1, 2))(q, k, v)
+
+    arguments = (
+        shape(1024, 4),
+        shape(4096, 1),
+        shape(4096, 1),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        ids(1024),
+        ids(4096),
+    )
+    with lowering_for("tpu"):
+        text = export.export(jax.jit(gradients), platforms=["tpu"])(*arguments).mlir_module()
+    assert text.count("@tpu_custom_call(") == 3 and "1024x4096x" not in text
 
 
 @pytest.mark.parametrize("implementation", ["splash", None])

@@ -1,5 +1,7 @@
 """The local engine: noise that knows no batch, honest probabilities, three endings."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from m1jax.errors import UserError
 from m1jax.model import transformer
-from m1jax.rl.engine_local import LocalEngine, truncate
+from m1jax.rl.engine_local import LocalEngine, computed_with, truncate
 from m1jax.sharding import data_mesh
 from m1jax.types import Problem, Prompt, Sampling
 from tests.rl import small
@@ -129,6 +131,23 @@ def test_top_p_never_samples_outside_and_reports_the_full_softmax():
     assert sum(np.exp(v) for v in kept.values()) < 0.8
     for token, value in kept.items():
         np.testing.assert_allclose(value, logprob[token], atol=1e-6)
+
+
+def test_weights_in_the_dtype_that_layers_compute_in_give_the_same_numbers():
+    """To the last bit: every layer casts its weights in any case; what is read wide stays wide."""
+    model = dataclasses.replace(MODEL, dtype="bfloat16")
+    params = small.params(MODEL)
+    narrow = computed_with(params, model.dtype)
+    kinds = {jax.tree_util.keystr(p): str(x.dtype) for p, x in jax.tree_util.tree_leaves_with_path(narrow)}
+    assert {name.rpartition("['")[2] for name, dtype in kinds.items() if dtype == "float32"} == {
+        "embedding']", "head']", "router']", "scale']"
+    }  # fmt: skip
+    ids, ones = np.arange(12)[None] % 20, np.ones((1, 12), np.int32)
+
+    def logits(params):
+        return transformer.head(params, transformer.hidden_states(params, model, ids, ones)[0])
+
+    np.testing.assert_array_equal(jax.jit(logits)(params), jax.jit(logits)(narrow))
 
 
 def test_prompt_longer_than_the_window_is_named():

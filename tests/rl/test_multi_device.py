@@ -45,12 +45,11 @@ def compute(losses: Sequence[str] = ("cispo",)) -> dict[str, np.ndarray]:
     for name in losses:
         loss = LOSSES[name]
         rollouts, router = small.rollouts(prompts), RouterConfig(0.0)
-        if name == "cispo":  # and all of the routers but the balance loss, which depends on how the rows are cut
-            rollouts, router = small.routed(prompts, rollouts, model), RouterConfig(0.0, 0.1)
+        if name == "cispo":  # and all of the routers
+            rollouts, router = small.routed(prompts, rollouts, model), RouterConfig(0.1, 0.1)
         batch = small.batch(prompts, rollouts, updates=2, micro_rows=4, loss=loss, router_replay=name == "cispo")
         update = make_update(model, loss, sgd, mesh, temperature=1.0, passes=1, router=router, replay=name == "cispo")
         state, metrics = update(init_state(0, model, sgd, mesh, params), batch)
-        metrics["router"].pop("balance_loss")
         found |= _named(f"update/{name}/", state.params) | _named(f"metrics/{name}/", metrics)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -63,9 +62,8 @@ def compute(losses: Sequence[str] = ("cispo",)) -> dict[str, np.ndarray]:
             found |= _named(f"start/{config.num_layers}/", started.params)
 
     batch = small.batch(prompts, small.rollouts(prompts), updates=2, micro_rows=4)
-    # Without the balancing loss, which depends on how the rows are cut.
     rows = TokenBatch(batch.tokens[0], batch.segment_ids[0], batch.weights[0])
-    supervised = make_supervised_update(model, sgd, mesh, router=RouterConfig(balance_coefficient=0.0))
+    supervised = make_supervised_update(model, sgd, mesh, router=RouterConfig(balance_coefficient=0.1))
     state, metrics = supervised(init_state(0, model, sgd, mesh, params), rows)
     found |= _named("supervised", state.params) | {"supervised_loss": metrics["loss"]}
 

@@ -22,6 +22,7 @@ def softmax_attention(
     k_segment_ids_BS: jax.Array | None = None,
     block: int = 128,
     in_order: bool = False,
+    part: tuple[jax.Array, int] | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Return softmax(q k^T / sqrt(H)) v over the keys that each query may see.
@@ -35,7 +36,7 @@ def softmax_attention(
         implementation   runs on      serves
         blocked          anything     everything; plain JAX
         cudnn            NVIDIA GPUs  rows without segment ids, float16 and bfloat16
-        splash           TPUs         in order, packed or not
+        splash           TPUs         in order, packed or not; parts of whole vectors of 128 tokens
 
     Args:
         q_BTNH: floating [B, T, N, H], rotary embedding applied.
@@ -47,6 +48,8 @@ def softmax_attention(
         block: for "blocked", queries whose scores exist at once; up to this many there is no loop.
         in_order: key s is the token of query s, and no query sees a later one (so S = T); what nobody can see is then
             left out. Positions need not be read: along a segment they grow with the index.
+        part: (index, parts), an int32 [] and a number: in order, but the queries are only that one of so many equal
+            parts of the row (so S = parts T).
         implementation: one of the table, or None for the library of this platform where it serves the call, else
             "blocked".
 
@@ -74,35 +77,40 @@ def softmax_attention(
     if N % K:
         raise ValueError(f"{N} query heads must be divisible by {K} key/value heads")
     packed, in_order = not missing, in_order or bool(missing)
-    if in_order and S != T:
-        raise ValueError(f"in order, key s is the token of query s, but there are {T} queries and {S} keys")
+    if part is not None and not (in_order and packed):
+        raise ValueError("a part of a row is in order, and has positions and segment ids")
+    parts = 1 if part is None else part[1]
+    if in_order and T * parts != S:
+        of = f" in each of {parts} parts" * (parts > 1)
+        raise ValueError(f"in order, key s is the token of query s, but there are {T} queries{of} and {S} keys")
 
     if implementation is None:
         implementation = BEST.get(compat.platform(), "blocked")
-        if _why_not(implementation, q_BTNH, k_BSKH, v_BSKH, packed, in_order):
+        if _why_not(implementation, q_BTNH, k_BSKH, v_BSKH, packed, in_order, part):
             implementation = "blocked"
     elif implementation not in IMPLEMENTATIONS:
         raise ValueError(f"softmax attention has no implementation {implementation!r}; known: {IMPLEMENTATIONS}")
-    elif reason := _why_not(implementation, q_BTNH, k_BSKH, v_BSKH, packed, in_order):
+    elif reason := _why_not(implementation, q_BTNH, k_BSKH, v_BSKH, packed, in_order, part):
         raise ValueError(f"softmax attention by {implementation!r} cannot do this: {reason}")
 
     if implementation == "cudnn":
         return cudnn.softmax_attention(q_BTNH, k_BSKH, v_BSKH)
     if implementation == "splash":
-        return splash.softmax_attention(q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT)
+        return splash.softmax_attention(q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT, k_segment_ids_BS, part)
     if q_positions_BT is None or k_positions_BS is None or q_segment_ids_BT is None or k_segment_ids_BS is None:
         q_positions_BT = k_positions_BS = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         q_segment_ids_BT = k_segment_ids_BS = jnp.ones((B, T), jnp.int32)
     return blocked.softmax_attention(
         q_BTNH, k_BSKH, v_BSKH,
-        q_positions_BT, k_positions_BS, q_segment_ids_BT, k_segment_ids_BS, block=block, in_order=in_order,
+        q_positions_BT, k_positions_BS, q_segment_ids_BT, k_segment_ids_BS,
+        block=block, in_order=in_order and part is None,
     )  # fmt: skip
 
 
-def _why_not(name, q_BTNH, k_BSKH, v_BSKH, packed, in_order) -> str | None:
+def _why_not(name, q_BTNH, k_BSKH, v_BSKH, packed, in_order, part) -> str | None:
     """Return why an implementation does not serve such a call; None where it does."""
     if name == "cudnn":
-        return cudnn.why_not(q_BTNH, k_BSKH, v_BSKH, packed, in_order)
+        return cudnn.why_not(q_BTNH, k_BSKH, v_BSKH, packed, in_order and part is None)
     if name == "splash":
-        return splash.why_not(q_BTNH, k_BSKH, v_BSKH, in_order)
+        return splash.why_not(q_BTNH, k_BSKH, v_BSKH, in_order, part)
     return None
