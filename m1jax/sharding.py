@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -97,6 +98,11 @@ def on_mesh(model: M, mesh: Mesh) -> M:
         return dataclasses.replace(model, mesh=model.mesh.of_sizes(mesh.shape))
     except ValueError as error:
         raise UserError(f"config.{error}") from error
+
+
+def no_gradients(params: Any) -> Any:
+    """Zeros to add the gradients of micro-batches to, in at least float32: in bfloat16 the small ones would be lost."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), params)
 
 
 def sum_gradients(grads: Any, specs: Any) -> Any:

@@ -15,7 +15,7 @@ from m1jax.mesh import MeshConfig
 from m1jax.model.config import ModelConfig
 from m1jax.rl.engine_local import LocalEngine
 from m1jax.rl.update import make_update
-from m1jax.sharding import deal, make_mesh, placed
+from m1jax.sharding import deal, make_mesh, no_gradients, placed
 from m1jax.train.next_token import TokenBatch, make_supervised_update
 from m1jax.train.optimizer import OptimizerConfig, make_optimizer
 from m1jax.train.router import RouterConfig
@@ -58,7 +58,7 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
 jax.lax.ragged_all_to_all = ragged_all_to_all
 
 SHOWS_GRADIENT = optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params),
+    no_gradients,
     lambda grads, state, params=None: (jax.tree.map(jnp.zeros_like, grads), grads),
 )
 """An optimizer that moves nothing and has the last gradient as its state."""

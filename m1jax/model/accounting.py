@@ -364,7 +364,7 @@ def training_bytes(
     parts = {
         "parameters": held * sizes[c.param_dtype],
         "AdamW's moments": 2 * held * sizes[moments or c.param_dtype],
-        "gradients of a micro-batch, and their sum": 2 * held * sizes[c.param_dtype],
+        "gradients of a micro-batch, and their sum": held * (sizes[c.param_dtype] + max(4, sizes[c.param_dtype])),
         f"kept for the backward pass (remat {c.remat!r})": c.num_layers * M * _kept_per_token(c) * narrow,
     }
     F, A = c.expert_dim // mesh.tensor, max(c.experts_per_token, 1)

@@ -34,7 +34,7 @@ from m1jax.rl.diagnostics import (
     token_metrics,
 )
 from m1jax.rl.loss import LossConfig, LossInput, mismatch_weight, policy_loss
-from m1jax.sharding import BATCH, on_mesh, placed, replicated, sum_gradients
+from m1jax.sharding import BATCH, no_gradients, on_mesh, placed, replicated, sum_gradients
 from m1jax.train.optimizer import OptimizerConfig
 from m1jax.train.router import NO_AUXILIARY_LOSS, RouterConfig, auxiliary_loss
 from m1jax.train.state import TrainState, apply_gradients, state_specs
@@ -82,8 +82,8 @@ def make_update(
             batch, anchor_BT = micro
             return skip_if_empty(batch, accumulate, grads, params, anchor_BT, tokens)
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        grads, (sums_M, policy_MBT, entropy_MBT) = jax.lax.scan(add_micro_batch, zeros, (micro_batches, anchors))
+        batches = micro_batches, anchors
+        grads, (sums_M, policy_MBT, entropy_MBT) = jax.lax.scan(add_micro_batch, no_gradients(params), batches)
         value, routed = jax.tree.map(lambda x: x.sum(axis=0), sums_M)
         value, routed = jax.lax.psum(value, ROWS), jax.lax.psum(routed, TOKENS)
         return sum_gradients(grads, specs), value, routed, policy_MBT, entropy_MBT

@@ -17,7 +17,7 @@ from m1jax.mesh import ROWS, TOKENS
 from m1jax.model import transformer
 from m1jax.model.config import ModelConfig
 from m1jax.model.logprobs import token_logprobs
-from m1jax.sharding import BATCH, on_mesh, placed, replicated, sum_gradients
+from m1jax.sharding import BATCH, no_gradients, on_mesh, placed, replicated, sum_gradients
 from m1jax.train.router import RouterConfig, auxiliary_loss
 from m1jax.train.state import TrainState, apply_gradients, state_specs
 from m1jax.types import Array, Params
@@ -68,7 +68,7 @@ def make_supervised_update(
             new, sums = jax.grad(objective, has_aux=True)(params, micro, tokens)
             return jax.tree.map(jnp.add, grads, new), sums
 
-        grads, sums_M = jax.lax.scan(add_micro_batch, jax.tree.map(jnp.zeros_like, params), batch)
+        grads, sums_M = jax.lax.scan(add_micro_batch, no_gradients(params), batch)
         of_rows, of_tokens = jax.tree.map(lambda x: x.sum(axis=0), sums_M)
         return sum_gradients(grads, specs), jax.lax.psum(of_rows, ROWS) | jax.lax.psum(of_tokens, TOKENS)
 
