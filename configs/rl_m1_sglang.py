@@ -5,7 +5,8 @@ r"""CISPO on MiniMax-M1 as rl_m1.py has it, with SGLang servers as the samplers 
     python -m experiments.train_rl --config=configs/rl_m1_sglang.py --workdir=/shared/rl_m1 --init_from=/shared/m1
 
 The second line on every rollout host, in an environment with the package `m1jax.serving` (BUILD.md, "Serving
-MiniMax-M1 with SGLang"); the third on every host of the trainer, which launch/gke.yaml does for both. Never run.
+MiniMax-M1 with SGLang"), with --context-length 86016 for `:80k`; the third on every host of the trainer, which
+launch/gke.yaml does for both. Never run.
 """
 
 from ml_collections import ConfigDict

@@ -277,7 +277,7 @@ def fixed_byte_lines(config: ModelConfig, batch: int, moments: Sequence[str]) ->
     weights = count.weight_bytes(config)
     rows = [
         [f"weights ({config.param_dtype}; router gates at least float32)", size(weights)],
-        ["gradients, in the parameters' dtypes", size(weights)],
+        ["gradients of a micro-batch, in the parameters' dtypes", size(weights)],
         *(
             [
                 f"AdamW's m and v in {MOMENTS[kind]} (optimizer.moments={kind!r})",

@@ -196,7 +196,7 @@ def compile_decode(config: RLConfig, mesh: Mesh) -> Compiled:
     except UserError as error:
         multiple = responses * config.mesh.along(engine_local.ROWS)
         raise UserError(f"{error}: engine_rows has to be a multiple of {multiple}") from error
-    model = replace(config.model, param_dtype=config.model.dtype)
+    model = config.model
     engine = LocalEngine(model, prompt_tokens=8, rows=config.rollout.engine_rows, stop_ids=(), mesh=mesh)
     rows, slots = config.rollout.engine_rows, config.batch_shape.tokens
     whole = replace(engine.config, mesh=MeshConfig(data=1))
@@ -211,7 +211,12 @@ def compile_decode(config: RLConfig, mesh: Mesh) -> Compiled:
         cache, layers=tuple(layer(kind) for kind in model.kinds), slot_positions=row, slot_segments=row,
         next_slot=P(), lengths=row,
     )  # fmt: skip
-    params = jax.eval_shape(lambda: transformer.by_layer(transformer.init(jax.random.key(0), model), model))
+
+    def fresh() -> Any:
+        params = engine_local.computed_with(transformer.init(jax.random.key(0), model), model.dtype)
+        return transformer.by_layer(params, model)
+
+    params = jax.eval_shape(fresh)
     specs = dict(engine.specs)
     one = [jax.tree.map(lambda s: P(*s[2:]), specs["periods"][f"{i}_{kind}"]) for i, (kind, _) in enumerate(model.runs)]
     period = [one[i] for i, (_, n) in enumerate(model.runs) for _ in range(n)]

@@ -58,7 +58,8 @@ class MeshConfig:
             hold its experts, in rounds of a fixed size, as many as it takes. "all_gather": every device gets all tokens
             of its group and computes those that are its own; for groups of a few. "ragged": as the first, in one round
             of exactly the right size, where the backend has `ragged_all_to_all`.
-        expert_capacity: places of a round, over what even routing would fill. More takes memory, fewer takes rounds.
+        expert_capacity: places of a round of "all_to_all", over what even routing would fill. More takes memory, fewer
+            takes rounds.
     """
 
     data: int = 0

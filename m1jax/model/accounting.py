@@ -392,14 +392,15 @@ known for GPUs, where blocks are used most: the larger is taken."""
 def decoding_bytes(config: ModelConfig, rows: int, slots: int) -> dict[str, float]:
     """What one device of `config.mesh` holds while `rows` answers decode in the local engine, by kind.
 
-    Weights are in `dtype`, and whole along `data`, `fsdp` and `context`, where rows are dealt out; `slots` are the
-    tokens that a row may have.
+    Weights are in `dtype`, the head in its own, and whole along `data`, `fsdp` and `context`, where rows are dealt out;
+    `slots` are the tokens that a row may have.
     """
     c, mesh = config, config.mesh
     whole = replace(c, mesh=replace(mesh, data=1, fsdp=1, context=1))
     here = rows // mesh.along((*ROWS, "context"))
+    head = c.vocab_size * c.hidden_size // mesh.tensor * (_SIZES[c.param_dtype] - _SIZES[c.dtype])
     return {
-        f"weights in {c.dtype}": held_parameters(whole) * _SIZES[c.dtype],
+        f"weights in {c.dtype}, head in {c.param_dtype}": held_parameters(whole) * _SIZES[c.dtype] + head,
         "caches of answers": (state_bytes(c, here) + kv_bytes(c, here, slots)) / mesh.tensor,
     }
 

@@ -278,14 +278,15 @@ def _any(live_B: jax.Array, mesh: MeshConfig) -> jax.Array:
 
 
 def computed_with(params: Params, dtype: str) -> Params:
-    """The matrices of the layers in the dtype that they are computed in; routers, scales and the head keep theirs.
+    """Weights in the dtype that they are computed in; routers, scales and the head, which is read wide, keep theirs.
 
-    The same numbers come of it: a layer casts its weights in any case.
+    The same numbers come of it: layers cast their weights in any case.
     """
+    head = "head" if "head" in params else "embedding"
 
     def narrowed(path: Any, x: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
-        return x if names[0] != "periods" or names[-1] in ("router", "scale") else x.astype(dtype)
+        return x if names[0] == head or names[-1] in ("router", "scale") else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(narrowed, params)
 
