@@ -244,7 +244,8 @@ def test_splash_is_the_formula_forward_and_backward(shape):
 def test_splash_takes_the_queries_of_a_part_of_a_row(parts, tokens):
     """As each device along `context` has them: outputs side by side, gradients of keys and values added up."""
     args, do, where = random_rows(tokens, 2, 1, 8)
-    (q, k, v), do, T = [np.float32(x) for x in args], np.asarray(do, np.float32), tokens // parts
+    q, k, v, do = (np.asarray(x, np.float32) for x in (*args, do))
+    T = tokens // parts
 
     @jax.jit
     def of_part(q, k, v, do, index, q_positions, q_segments):
