@@ -131,7 +131,8 @@ def slurm(tmp_path):
     """A Slurm of three nodes whose steps do nothing; the trainer's exits with $CODE."""
     folder = tmp_path / "bin"
     stub(folder, "sbatch", "")
-    stub(folder, "curl", "exit ${HEALTHY:-0}")
+    started = f'grep -qs "^srun .*sglang.sh" "{folder}/calls" || exit 1'  # it is healthy when it is there
+    stub(folder, "curl", f"{started}; exit ${{HEALTHY:-0}}")
     stub(folder, "sleep", "exec /bin/sleep 0.1")
     stub(folder, "scontrol", '[ "$1" = requeue ] || printf "n1\\nn2\\nn3\\n"')
     stub(folder, "srun", 'case "$*" in *sglang.sh*) exec /bin/sleep 60 ;; esac; exit ${CODE:-0}')
