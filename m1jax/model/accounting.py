@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from m1jax.mesh import GATHERED, ROWS
+from m1jax.mesh import GATHERED, ROWS, TOKENS
 from m1jax.model.config import ModelConfig
 
 ACCOUNTINGS = {
@@ -397,7 +397,7 @@ def decoding_bytes(config: ModelConfig, rows: int, slots: int) -> dict[str, floa
     """
     c, mesh = config, config.mesh
     whole = replace(c, mesh=replace(mesh, data=1, fsdp=1, context=1))
-    here = rows // mesh.along((*ROWS, "context"))
+    here = rows // mesh.along(TOKENS)
     head = c.vocab_size * c.hidden_size // mesh.tensor * (_SIZES[c.param_dtype] - _SIZES[c.dtype])
     return {
         f"weights in {c.dtype}, head in {c.param_dtype}": held_parameters(whole) * _SIZES[c.dtype] + head,

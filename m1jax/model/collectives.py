@@ -31,11 +31,11 @@ def gathered(x: jax.Array, dims: Sequence[str | None], mesh: MeshConfig, dtype: 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x, dim, dtype):
-    return jax.lax.all_gather(x.astype(dtype), GATHERED, axis=dim, tiled=True)
+    return _gather_forward(x, dim, dtype)[0]
 
 
 def _gather_forward(x, dim, dtype):
-    # Written out: a call of `_gather` would hide the message from the policy that keeps no gathered weights.
+    # Here, not in `_gather`: a call of that would hide the message from the policy that keeps no gathered weights.
     whole = jax.lax.all_gather(x.astype(dtype), GATHERED, axis=dim, tiled=True)
     return whole, jnp.zeros((), x.dtype)
 
