@@ -56,6 +56,9 @@ def test_memory_is_bounded_by_a_batch(tmp_path):
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout)
     assert max(grown.values()) < 100, grown
+    # By the piece each commit would write the list of all pieces anew: room by the square of their number.
+    room = sum(f.stat().st_size for f in (tmp_path / "4096 pieces").rglob("*") if f.is_file())
+    assert room < 1.2 * 4096 * 4096, room
 
 
 @pytest.mark.parametrize("batch", [1, 100, 1 << 20])
