@@ -28,6 +28,7 @@ elif [ "$(cat "$served.from" 2>/dev/null)" != "$init_from" ]; then
     exit 2
 fi
 
+set -m # each in a group of its own: Ctrl-C comes to this script alone, which passes it on once
 server='' trainer=''
 # shellcheck disable=SC2329 # the trap calls it
 stop() {
@@ -40,7 +41,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 read -r -a flags <<<"${SERVER_FLAGS:-}"
-LOG=$workdir.server.log launch/sglang.sh "$served" "$port" "${flags[@]}" &
+HOST=127.0.0.1 LOG=$workdir.server.log launch/sglang.sh "$served" "$port" "${flags[@]}" &
 server=$!
 sleep 2 # where its port is taken it has said so by now, and the trainer must not ask whoever has it
 if ! kill -0 "$server" 2>/dev/null; then

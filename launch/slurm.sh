@@ -2,14 +2,15 @@
 # Submit a training entry point to Slurm: one process for each GPU, and nodes with rollout servers beside them where the
 # run samples from some. Where it runs is said here, what it does by the config.
 #
-#   NODES=8 launch/slurm.sh train_rl configs/rl_qwen2_5_32b_cispo.py /shared/runs/rl
-#   NODES=8 SERVERS=4 MODEL=/shared/qwen launch/slurm.sh train_rl configs/rl_qwen2_5_32b_sglang.py /shared/runs/rl
-#   NODES=8 launch/slurm.sh --dry_run train_rl configs/rl_qwen2_5_32b_cispo.py /shared/runs/rl
+#   NODES=8 launch/slurm.sh train_rl configs/rl_qwen2_5_32b_cispo.py /shared/runs/rl --init_from=/shared/qwen
+#   NODES=8 SERVERS=4 MODEL=/shared/Qwen2.5-32B SERVER_FLAGS="--tp-size 8 --context-length 32768" launch/slurm.sh \
+#       train_rl configs/rl_qwen2_5_32b_sglang.py /shared/runs/rl --init_from=/shared/qwen
+#   NODES=8 launch/slurm.sh --dry_run train_rl configs/rl_qwen2_5_32b_cispo.py /shared/runs/rl --init_from=/shared/qwen
 #
 # ENTRY CONFIG WORKDIR [flags]; WORKDIR and this checkout lie where all nodes see them. Environment: NODES of the
 # trainer, GPUS of a node (8), TIME (24:00:00), GRACE seconds between SIGTERM and the end (300), RESTARTS (100), VENV,
 # SBATCH_FLAGS (partition, account), and for rollout servers SERVERS (nodes, a server on each), MODEL (folder they start
-# with), SERVER_FLAGS, SERVER_PORT (30000), HEALTH seconds to wait for them (1800).
+# with), SERVER_FLAGS, SERVER_PORT (30000), HEALTH seconds to wait for them (1800). One that dies is started again.
 # A job that exits with 75 (all servers lost; SIGTERM: TIME is over, or by `scancel --batch --signal=TERM JOB`), or
 # that loses a host, is requeued and goes on from its last checkpoint.
 set -euo pipefail
@@ -21,7 +22,7 @@ case "${1:-}" in
 esac
 if [ -n "$job" ]; then cd "$SLURM_SUBMIT_DIR"; else cd "$(dirname "$0")/.."; fi
 if [ $# -lt 3 ]; then
-    sed -n '5,7s/^# *//p' "$0" >&2
+    sed -n '5,8s/^# *//p' "$0" >&2
     exit 2
 fi
 entry=$1 config=$2 workdir=$3
@@ -41,12 +42,13 @@ else
 fi
 list() { (IFS=, && echo "$*"); }
 read -r -a server_flags <<<"${SERVER_FLAGS:-}"
-serving=(env PLATFORM=cuda HOST=0.0.0.0 srun --job-name=servers --nodelist="$(list "${hosts[@]:nodes}")"
+serving=(env PLATFORM=cuda HOST=0.0.0.0 READY_SECONDS="${HEALTH:-1800}" RESTARTS="${RESTARTS:-100}"
+    srun --job-name=servers --nodelist="$(list "${hosts[@]:nodes}")"
     --nodes="$servers" --ntasks="$servers" --ntasks-per-node=1 --gpus-per-task="$gpus"
-    --output="$logs/server-%n.log" launch/sglang.sh "${MODEL:-}" "$port" "${server_flags[@]}")
+    --open-mode=append --output="$logs/server-%n.log" launch/sglang.sh "${MODEL:-}" "$port" "${server_flags[@]}")
 training=(env M1JAX_PROCESSES=auto JAX_PLATFORMS=cuda srun --job-name=trainer
     --nodelist="$(list "${hosts[@]:0:nodes}")" --nodes="$nodes" --ntasks=$((nodes * gpus)) --ntasks-per-node="$gpus"
-    --gpu-bind=none --output="$logs/%t.log" "${VENV:-.venv}/bin/python" -m "experiments.$entry"
+    --gpu-bind=none --open-mode=append --output="$logs/%t.log" "${VENV:-.venv}/bin/python" -m "experiments.$entry"
     --config="$config" --workdir="$workdir" "$@")
 if [ "$servers" != 0 ]; then
     urls=()

@@ -147,6 +147,7 @@ def what_cannot_be_done_is_refused(on: Subject) -> Answers:
         "too_many_tokens": request((5, 6, 7), on.context_length),
         "prompt_too_long": request([1] * (on.context_length + 1), 2),
         "stop_string": request((5, 6, 7), 2, stop=["a"]),
+        "bias_beyond_vocabulary": request((5, 6, 7), 2, logit_bias={str(on.vocab_size): 0.0}),
         "no_prompt": {"sampling_params": {"max_new_tokens": 2}},
         "empty_prompt": {"input_ids": [], "sampling_params": {"max_new_tokens": 2}},
         "prompt_no_list": {"input_ids": "abc", "sampling_params": {"max_new_tokens": 2}},
@@ -162,6 +163,7 @@ def what_cannot_be_done_is_refused(on: Subject) -> Answers:
     }
     assert {name: answer.status for name, answer in answers.items()} == dict.fromkeys(answers, 400)
     assert isinstance(answers["refused_unknown_sampling_key"].body["error"], str)
+    whole(on.generate(tokens=2, logit_bias={str(on.vocab_size - 1): 0.0}), 2)
     streamed = on.generate(tokens=2, temperature=-1, stream=True)
     assert streamed.status == 200 and streamed.body[0]["error"]["code"] == 400
     missing = on.ask("/no_such_path", {}, key=on.key)

@@ -52,7 +52,8 @@ class Double:
                  stream_interval: int = 1, context_length: int = 32768, deterministic: bool = False,
                  experts: tuple[int, int, int] | None = None, version: str = "0.5.23", model_path: str = "/models/toy",
                  script: Callable[[list[int]], list[tuple[int, float]] | None] | None = None, port: int = 0,
-                 health_timeout: float = 0.05, slow_seconds: float = 0.2, seed: int = 0):  # fmt: skip
+                 health_timeout: float = 0.05, slow_seconds: float = 0.2, seed: int = 0,
+                 noise: float = 0.0):  # fmt: skip
         self.vocab_size, self.eos_ids, self.start_weights = vocab_size, tuple(eos_ids), weights
         self.start_version, self.start_path, self.api_key, self.admin_key = (
             weight_version,
@@ -66,6 +67,7 @@ class Double:
         self.context_length, self.deterministic, self.experts = context_length, deterministic, experts
         self.version, self.script, self.port, self.seed = version, script, port, seed
         self.health_timeout, self.slow_seconds = health_timeout, slow_seconds
+        self.noise = noise  # of low precision: decoding's log-probabilities are not quite those of a prefill
         self.received: list[Received] = []
         self.injected: Counter[str] = Counter()
         self.flush_failures = 0  # so many of the next updates fail to flush, unless the server is paused by retract
@@ -129,7 +131,7 @@ class Double:
     async def _start(self) -> None:
         self._scheduler = Scheduler(
             self.vocab_size, self.eos_ids, self.start_weights, self.start_version, self.max_running, self.max_queued,
-            self.seconds_per_token, self.original_logprobs, self.deterministic, self.seed,
+            self.seconds_per_token, self.original_logprobs, self.deterministic, self.seed, self.noise,
         )  # fmt: skip
         self._mode = ""  # of the pause
         self._info = {"path": self.start_path, "version": self.start_version}
@@ -377,7 +379,7 @@ class Double:
     def _jobs(self, body: Json) -> tuple[list[Job], asyncio.Queue[Job]]:
         news: asyncio.Queue[Job] = asyncio.Queue()
         jobs = []
-        for name, prompt, params in sglang_requests.asked(body, self.context_length):
+        for name, prompt, params in sglang_requests.asked(body, self.context_length, self.vocab_size):
             job = Job(name, prompt, params, news.put_nowait, str(body.get("extra_key") or ""))
             if (start := body.get("logprob_start_len", -1)) >= 0 and body.get("return_logprob"):
                 job.cacheable = start

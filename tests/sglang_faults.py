@@ -20,7 +20,7 @@ from aiohttp import web
 INSTEAD = ("reset_before", "status_400", "status_429", "status_503", "abort_503", "stuck", "abort_before_prefill")
 SENDING = ("reset_after", "half_event", "truncated_json", "duplicate")
 SAYING = ("nan_logprob", "null_logprob", "missing_logprobs", "wrong_length", "beyond_vocabulary", "id_mismatch",
-          "rid_mismatch", "old_version", "no_finish")  # fmt: skip
+          "rid_mismatch", "old_version", "old_span", "no_finish")  # fmt: skip
 KINDS = (*INSTEAD, "slow", *SENDING, *SAYING)
 
 
@@ -131,6 +131,12 @@ def spoil(kind: str, answer: dict[str, Any], version: str) -> dict[str, Any] | N
         meta["weight_version"] = version
         for span in meta.get("weight_versions", ()):
             span["version"] = version
+    elif kind == "old_span":
+        spans = meta.get("weight_versions")
+        if not spans or spans[0]["version"] == version or spans[0]["end"] < 2:
+            return None
+        first = {"version": version, "start": 0, "end": 1}
+        meta["weight_versions"] = [first, spans[0] | {"start": 1}, *spans[1:]]
     elif not triples:
         return None
     elif kind == "nan_logprob":

@@ -94,11 +94,11 @@ class Scheduler:
 
     def __init__(self, vocab_size: int, eos_ids: Sequence[int], weights: int, version: str, max_running: int,
                  max_queued: int | None, seconds_per_token: float, original_logprobs: bool, deterministic: bool,
-                 seed: int):  # fmt: skip
+                 seed: int, noise: float = 0.0):  # fmt: skip
         self.vocab_size, self.eos_ids, self.weights, self.version = vocab_size, set(eos_ids), weights, version
         self.max_running, self.max_queued, self.seconds_per_token = max_running, max_queued, seconds_per_token
         self.original_logprobs, self.deterministic = original_logprobs, deterministic
-        self.random = random.Random(seed)
+        self.random, self.noise, self._dice = random.Random(seed), noise, random.Random(seed + 1)
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.paused = False
@@ -210,7 +210,7 @@ class Scheduler:
             token = self._draw(scores, job)
         if self.original_logprobs:
             scores = logprobs(self.weights, (job.prompt[-2:] + job.ids)[-2:], self.vocab_size, 1.0)
-        return token, float(np.float32(scores[token]))
+        return token, min(float(np.float32(scores[token] + self._dice.gauss(0.0, self.noise))), 0.0)
 
     def _draw(self, scores: np.ndarray, job: Job) -> int:
         """A token of the few best; the log-probability that comes back is still that of the whole vocabulary."""

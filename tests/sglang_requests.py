@@ -39,7 +39,7 @@ def invalid(message: str) -> Refused:
     return Refused(400, {"object": "error", "message": message, "type": "Bad Request", "param": None, "code": 400})
 
 
-def asked(body: Json, context_length: int) -> list[tuple[str, list[int], Json]]:
+def asked(body: Json, context_length: int, vocab_size: int) -> list[tuple[str, list[int], Json]]:
     """The request's id, its prompt and all sampling parameters, for each answer that is wanted."""
     prompts = body.get("input_ids")
     if prompts is None:
@@ -65,6 +65,8 @@ def asked(body: Json, context_length: int) -> list[tuple[str, list[int], Json]]:
         if not prompt and not batch:  # in a batch it goes unnoticed until the scheduler dies of it
             raise bad("input_ids cannot be empty.")
         _check_length(len(prompt), one["max_new_tokens"], context_length)
+        if odd := [key for key in one["logit_bias"] or () if not 0 <= int(key) < vocab_size]:
+            raise bad(f"logit_bias must has keys in [0, {vocab_size - 1}], got {odd[0]}.")
     return [(name, prompts[at // n], params[at // n]) for at, name in enumerate(names)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -467,7 +468,8 @@ def test_the_job_set_is_what_its_head_says():
     """Filled in as the head does it, it is YAML without a variable of ours, and with those of its shell commands."""
     text = (ROOT / "launch" / "gke.yaml").read_text()
     head = "\n".join(line for line in text.splitlines() if line.startswith("#"))
-    exported = dict(re.findall(r"(\w+)=(\S+)", "\n".join(x for x in head.splitlines() if "export " in x)))
+    words = [word for x in head.splitlines() if "export " in x for word in shlex.split(x.partition("export ")[2])]
+    exported = dict(word.split("=", 1) for word in words)
     names = re.findall(r"\$(\w+)", head.partition("envsubst")[2].partition("<")[0])
     assert sorted(exported) == sorted(names)
     body = text[len(head) :]
@@ -481,7 +483,14 @@ def test_the_job_set_is_what_its_head_says():
     (container,) = trainer["template"]["spec"]["containers"]
     assert "--config.servers.urls=" in container["command"][2] and "$urls" in container["command"][2]
     assert {"name": "M1JAX_PROCESSES", "value": "auto"} in container["env"]
+    assert {"name": "FLAGS", "value": "--init_from=/shared/m1"} in container["env"]
     (gate,) = trainer["template"]["spec"]["initContainers"]
     assert "http://rl-rollout-$i-0.rl:30000/health" in gate["command"][2]
-    for script in (container["command"][2], gate["command"][2]):
+    (server,) = jobs[1]["template"]["spec"]["template"]["spec"]["containers"]
+    assert {"name": "SERVER_FLAGS", "value": "--tp-size 8 --context-length 45056"} in server["env"]
+    assert {"name": "MODEL", "value": "/shared/MiniMax-M1-40k"} in server["env"]
+    for script in (container["command"][2], gate["command"][2], server["command"][2]):
         assert run("bash", "-n", "-c", script).returncode == 0
+    config = (ROOT / "configs" / "rl_m1_sglang.py").read_text()  # the same folders, flags and seconds as by hand
+    for value in (exported["MODEL"], exported["SERVER_FLAGS"], exported["FLAGS"], exported["READY_SECONDS"]):
+        assert value in config, value

@@ -20,7 +20,8 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -70,8 +71,7 @@ def client(arguments: argparse.Namespace) -> None:
     params = model.load()
     for repetition_stop in ("stream", "segments"):
         shares, rates, costs, volumes = [], [], [], []
-        engine = open_engine(arguments, model, repetition_stop=repetition_stop)
-        try:
+        with open_engine(arguments, model, repetition_stop=repetition_stop) as engine:
             engine.set_weights(params, 0)
             for round_ in range(arguments.rounds):
                 engine.take_metrics()
@@ -84,8 +84,6 @@ def client(arguments: argparse.Namespace) -> None:
                 rates.append(tokens / seconds)
                 costs.append(metrics["engine/client_cpu"] / tokens * 1e6)
                 volumes.append(metrics["engine/bytes"] / tokens)
-        finally:
-            engine.close()
         print(
             f"{repetition_stop:<10}{arguments.requests} requests, {median(rates):6.0f} tokens/s: client CPU "
             f"{median(shares):.1%} of the wall, {median(costs):.1f} us and {median(volumes):.0f} bytes a token"
@@ -97,15 +95,12 @@ def sync(arguments: argparse.Namespace) -> None:
     model = find_pretrained(arguments.model)
     params = model.load()
     bump = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 1.001, tree))
-    engine = open_engine(arguments, model, weights_dtype=arguments.dtype)
     rows = []
-    try:
+    with open_engine(arguments, model, weights_dtype=arguments.dtype) as engine:
         for version in range(arguments.rounds + 1):  # the first update comes with the probes
             engine.set_weights(params, version)
             rows.append(engine.take_metrics())
             params = jax.block_until_ready(bump(params))
-    finally:
-        engine.close()
     seconds, write = (median(row[f"sync/{name}"] for row in rows[1:]) for name in ("seconds", "write_seconds"))
     print(
         f"sync of {rows[0]['sync/bytes'] / 2**20:.0f} MiB: {seconds:.2f} s, of which {write:.2f} s to disk; "
@@ -132,13 +127,19 @@ def staleness(arguments: argparse.Namespace, values: dict) -> None:
     print(f"ratio 0 / 1: {median(seconds[0]) / median(seconds[1]):.2f}")
 
 
-def open_engine(arguments: argparse.Namespace, model: Pretrained, **config) -> SGLangEngine:
+@contextmanager
+def open_engine(arguments: argparse.Namespace, model: Pretrained, **config) -> Iterator[SGLangEngine]:
     """An engine over the servers that were asked for; weights go through a temporary folder."""
     servers = ServersConfig(urls=tuple(arguments.urls.split(",")), **config)
-    return SGLangEngine(
-        servers, model.config, stop_ids=stop_ids(Path(arguments.model)), temperatures=(1.0,),
-        positions=64 + arguments.tokens, weights=Path(tempfile.mkdtemp(prefix="m1jax-weights-")), log=lambda line: None,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="m1jax-weights-") as folder:
+        engine = SGLangEngine(
+            servers, model.config, stop_ids=stop_ids(Path(arguments.model)), temperature=1.0,
+            positions=64 + arguments.tokens, weights=Path(folder), log=lambda line: None,
+        )  # fmt: skip
+        try:
+            yield engine
+        finally:
+            engine.close()
 
 
 def stop_ids(folder: Path) -> list[int]:

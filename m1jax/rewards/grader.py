@@ -121,7 +121,9 @@ class Grader:
             self._workers.append(self._start())
 
     def _start(self) -> _Worker:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        # A verifier is a user's code over a model's text: the keys of rollout servers are none of its business.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_")}
+        environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         for library in ("OMP", "OPENBLAS", "MKL"):  # one job, one thread: the machine is busy with the model
             environment[f"{library}_NUM_THREADS"] = "1"
         process = subprocess.Popen(

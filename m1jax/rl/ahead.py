@@ -80,7 +80,7 @@ class Ahead:
         self._groups: dict[int, _Group] = {}  # under way, or finished and not taken
         self._taken: dict[int, _Group | None] = {}  # by the batch that is being collected
         self._dropped = 0
-        self._ages: list[np.ndarray] = []
+        self._ages: dict[int, np.ndarray] = {}  # of the tokens of each prompt that was taken
 
     @property
     def position(self) -> tuple[int, list[int]]:
@@ -101,16 +101,16 @@ class Ahead:
             chosen = self._in_order(count, step) if self.unfinished == "wait" else self._finished(count)
             self._taken |= {group.prompt.index: self._groups.pop(group.prompt.index) for group in chosen}
             prompts, rollouts = [g.prompt for g in chosen], [g.answers.result() for g in chosen]
-        self._ages += [
-            step - (np.full(len(r.token_ids), r.weight_version) if r.weight_versions is None else r.weight_versions)
-            for group in rollouts
-            for r in group
-        ]
+        for prompt, group in zip(prompts, rollouts, strict=True) if self.staleness else ():
+            versions = [r.weight_version if r.weight_versions is None else r.weight_versions for r in group]
+            ages = [step - np.broadcast_to(v, len(r.token_ids)) for v, r in zip(versions, group, strict=True)]
+            self._ages[prompt.index] = np.concatenate(ages)
         return prompts, rollouts
 
     def done(self, again: Sequence[int]) -> None:
         """The batch is collected; of what was taken for it these prompts are to be asked again, or taken later."""
         for index in again:
+            self._ages.pop(index, None)
             group = self._taken[index]
             if group is None:
                 self._carried = sorted({*self._carried, index})
@@ -133,7 +133,7 @@ class Ahead:
         """How old the tokens of the last batch were, in generation batches, and what became too old."""
         if not self.staleness:
             return {}
-        ages, self._ages = np.concatenate(self._ages or [np.zeros(1)]), []
+        ages, self._ages = np.concatenate([*self._ages.values()] or [np.zeros(1)]), {}
         dropped, self._dropped = self._dropped, 0
         return {
             "rollout/staleness_mean": float(ages.mean()),

@@ -34,7 +34,7 @@ import numpy as np
 from m1jax.errors import EngineLost, ServerRefused, Stopped, UserError
 from m1jax.model.config import ModelConfig
 from m1jax.rl.servers.keys import Keys, keys_from_environment
-from m1jax.rl.servers.pool import Pool
+from m1jax.rl.servers.pool import HEALTH_S, Pool
 from m1jax.rl.servers.probes import Needs
 from m1jax.rl.servers.protocol import Fault, Piece, new_id, read_experts, read_piece, request, with_processor
 from m1jax.rl.servers.server import Server, open_session
@@ -71,7 +71,7 @@ class Response:
         self.experts: np.ndarray | None = None
         self.run = 0
 
-    def take(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int) -> None:
+    def take(self, token_ids: Sequence[int], logprobs: Sequence[float], versions: Sequence[int]) -> None:
         """Append tokens up to the one that ends the response; what comes after that one is dropped.
 
         The rules are those of `m1jax.rl.engine_local.sample`, in its arithmetic (float32).
@@ -79,7 +79,7 @@ class Response:
         sampling, run = self.sampling, self.run
         threshold = np.float32(sampling.repetition_probability)
         likely = np.exp(np.asarray(logprobs, np.float32)) > threshold
-        for token, logprob, above in zip(token_ids, logprobs, likely, strict=True):
+        for token, logprob, above, version in zip(token_ids, logprobs, likely, versions, strict=True):
             if self.ending is not None:
                 return
             self.token_ids.append(token)
@@ -96,10 +96,9 @@ class Response:
 
     def cut(self, length: int) -> None:
         """Take back what came after the first `length` tokens."""
-        kept = list(zip(self.token_ids[:length], self.logprobs[:length], self.versions[:length], strict=True))
+        kept = self.token_ids[:length], self.logprobs[:length], self.versions[:length]
         self.token_ids, self.logprobs, self.versions, self.ending, self.run = [], [], [], None, 0
-        for token, logprob, version in kept:
-            self.take([token], [logprob], version)
+        self.take(*kept)
 
     def rollout(self, prompt: Prompt, sample: int) -> Rollout:
         """The finished response."""
@@ -124,7 +123,7 @@ class SGLangEngine:
         config: where they are and how they are treated.
         model: the decoder that trains, which the servers have to serve.
         stop_ids: ids that end a response; the one that was sampled is part of it.
-        temperatures: that responses will be sampled at.
+        temperature: that responses are sampled at whose log-probabilities count.
         positions: longest prompt and response together.
         weights: folder that versions of the weights are put in.
         files: folder of tokenizer files that go with them.
@@ -139,7 +138,7 @@ class SGLangEngine:
         model: ModelConfig,
         *,
         stop_ids: Sequence[int],
-        temperatures: Sequence[float],
+        temperature: float,
         positions: int,
         weights: Path,
         files: Path | None = None,
@@ -156,13 +155,15 @@ class SGLangEngine:
         self._versions: dict[str, int] = {}
         self._sync: dict[str, float] = {}
         self._speeds: deque[float] = deque(maxlen=256)
+        self._doubt = 1.0  # that the next answers are as quick: those that are not streamed get 1 / doubt of the time
         self._tasks: set[asyncio.Task[Any]] = set()
         self._aborts: set[asyncio.Task[None]] = set()
+        self._update: asyncio.Task[Any] | None = None  # the last one of the weights
         self._limits: set[asyncio.Timeout] = set()  # of the streams under way
         self._cpu = 0.0
         self._progress, self._longest = time.monotonic(), 1
         needs = Needs(
-            to_hf(model)["model_type"], model.vocab_size, tuple(sorted(self.stop_ids)), tuple(temperatures), positions,
+            to_hf(model)["model_type"], model.vocab_size, tuple(sorted(self.stop_ids)), temperature, positions,
             config.repetition_stop, config.update_mode, record_experts,
         )  # fmt: skip
         self._loop = asyncio.new_event_loop()
@@ -174,6 +175,7 @@ class SGLangEngine:
         """Write the weights, and return when the servers use them.
 
         Raises:
+            Stopped: the run was asked to stop; servers may have the old weights or the new ones.
             EngineLost: no server does, nor came to do so within `patience_s`.
             ServerRefused: a server is set up in a way that would bias the importance ratio, or refuses our key.
         """
@@ -184,7 +186,7 @@ class SGLangEngine:
             self.weights, params, self.model, version, label, self.config.weights_dtype, self.files, self.read
         )
         self._versions[label] = version
-        self._wait([self._run(self._take_up(published))])
+        self._wait([self._run(self._take_up(published))], self.stopped)
         prune(self.weights, reading=self.pool.reading)
         self._sync = {
             "sync/bytes": published.bytes,
@@ -269,14 +271,15 @@ class SGLangEngine:
             before, fault = len(response.token_ids), None
             async with self.pool.server(prompt.index) as server:
                 self.counts["requests"] += 1
+                finish = None
                 try:
-                    await self._continue(server, prompt, response, noise)
+                    finish = await self._continue(server, prompt, response, noise)
                 except Fault as error:
                     fault = error
                     self.pool.note(server, fault)
             if len(response.token_ids) > before:
                 failures = waits = 0
-                self.counts["continued"] += response.ending is None
+                self.counts["continued"] += response.ending is None and finish != "length"  # which is a segment's end
                 continue
             # A queue that is full says nothing of the request; that nothing moves at all is watched elsewhere.
             failures += fault is None or fault.kind != "busy"
@@ -290,8 +293,8 @@ class SGLangEngine:
             response.experts = self._experts_so_far(prompt, response)
         return response.rollout(prompt, sample)
 
-    async def _continue(self, server: Server, prompt: Prompt, response: Response, noise: int) -> None:
-        """One request: take what comes of it, the tokens before a failure too.
+    async def _continue(self, server: Server, prompt: Prompt, response: Response, noise: int) -> str | None:
+        """One request: take what comes of it, the tokens before a failure too. Why it ended, as the server says.
 
         Raises:
             Fault: it failed. What was taken is sound.
@@ -312,16 +315,16 @@ class SGLangEngine:
             body = with_processor(body, response.sampling, response.run)
         headers = {"X-SMG-Routing-Key": str(prompt.index)} if self.config.gateway else None
         if stream:
-            await self._stream(server, body, headers, left, prompt, response, current.version)
-            return
+            return await self._stream(server, body, headers, left, prompt, response, current.version)
         start = self._clock()
         answer = await self._in_time(server, body, headers, left)
         piece = read_piece(answer, body["rid"], 0, left, self.model.vocab_size)
         if piece.finish is None:
             raise Fault("cut", f"{server.url}: an answer without a finish_reason")
-        self._take(piece, response, current.version)
+        self._take(piece, response, first, current.version)
         self._finish(piece, prompt, response, first, current.version)
         self._note_speed(len(piece.token_ids), left, start)
+        return piece.finish
 
     async def _stream(
         self,
@@ -332,7 +335,7 @@ class SGLangEngine:
         prompt: Prompt,
         response: Response,
         floor: int,
-    ) -> None:
+    ) -> str | None:
         """Take a streamed answer event by event.
 
         An event that is the first to name other weights may hold tokens of the ones before too; only the last event
@@ -352,13 +355,13 @@ class SGLangEngine:
                         self._allow(limit, stall_s)
                     piece = read_piece(event, body["rid"], seen, left, self.model.vocab_size)
                     goes_on, before = response.ending is None, len(response.token_ids)
-                    self._take(piece, response, floor)
+                    self._take(piece, response, first, floor)
                     seen += len(piece.token_ids)
                     if piece.finish is not None:
                         doubtful = doubtful if not piece.spans else -1
                         self._finish(piece, prompt, response, first, floor)
                         self._note_speed(seen, left, start)
-                        return
+                        return piece.finish
                     if label and piece.version != label and doubtful < 0:
                         doubtful = before
                     label = piece.version
@@ -380,15 +383,24 @@ class SGLangEngine:
     async def _in_time(self, server: Server, body: dict[str, Any], headers: dict[str, str] | None, tokens: int) -> Any:
         """The answer to a request for so many tokens; its deadline comes nearer as the servers show how quick they are.
 
+        Nothing is seen of it before it is whole, so that a server that is silent for `stall_s` has to be healthy.
+
         Raises:
-            Fault: it did not come in time.
+            Fault: it did not come in time, or its server was found to be sick meanwhile.
         """
         task, start = asyncio.create_task(server.whole(body, headers)), self._clock()
+        look, doubt = start + self.config.stall_s, self._doubt
         try:
             while not (await asyncio.wait({task}, timeout=0.5))[0]:
-                if self._clock() - start > self._deadline(tokens):
-                    self._speeds.append(0.75 * self._slowest())  # servers may have become slower than any answer told
-                    raise Fault("timeout", f"{server.url}: no answer in {self._deadline(tokens):.0f} s")
+                allowed = self._deadline(tokens) / doubt
+                if self._clock() - start > allowed:
+                    # Servers may have become slower than any answer told. Of many that are late at once, one says so.
+                    self._doubt = min(self._doubt, max(0.75 * doubt, 0.1))
+                    raise Fault("timeout", f"{server.url}: no answer in {allowed:.0f} s")
+                if self._clock() > look and not self.pool.updating:
+                    look = self._clock() + self.config.stall_s
+                    await self._see_that_it_lives(server, task)
+            self._doubt = max(self._doubt, min(doubt / 0.75, 1.0))
             return task.result()
         finally:
             if not task.done():  # a server does not notice that somebody left who was not reading a stream
@@ -396,31 +408,51 @@ class SGLangEngine:
                 self._aborts.add(abort := asyncio.create_task(server.abort(body["rid"])))
                 abort.add_done_callback(self._aborts.discard)
 
+    async def _see_that_it_lives(self, server: Server, answer: asyncio.Task[Any]) -> None:
+        """Look at a server that has been silent for long.
+
+        Raises:
+            Fault: it is not healthy, and has still not answered.
+        """
+        try:
+            await server.call("/health", timeout_s=HEALTH_S)
+        except Fault as fault:
+            if not answer.done() and not self.pool.updating:
+                told = f"{server.url}: silent for {self.config.stall_s:.0f} s, and /health says {fault.detail}"
+                raise Fault("timeout", told) from fault
+
     def _clock(self) -> float:
         """Seconds that stand still while weights change: nothing is generated then, and nobody is late."""
         return self.pool.clock()
 
     def _allow(self, limit: asyncio.Timeout, seconds: float) -> None:
         """So many seconds from now; while weights change, any time."""
-        limit.reschedule(None if self.pool.updating else self._loop.time() + seconds)
+        if not limit.expired():  # one that is being raised cannot be taken back
+            limit.reschedule(None if self.pool.updating else self._loop.time() + seconds)
 
-    def _take(self, piece: Piece, response: Response, floor: int) -> None:
-        """Append the tokens of a piece under the version that its event names."""
-        if not piece.token_ids:
-            return
-        if not piece.spans:
-            version = self._version(piece.version, floor)
-        else:
-            version = self._version(piece.spans[-1][0], floor)
-        response.take(piece.token_ids, piece.logprobs, version)
-        self._progress = time.monotonic()
+    def _take(self, piece: Piece, response: Response, first: int, floor: int) -> None:
+        """Append the tokens of a piece, each under the weights that it is of.
+
+        An event names the weights of the moment. The last one tells of all tokens of the request, which began when the
+        response had `first`; those from the first that is of other weights than it should be on are taken back.
+        """
+        spans = piece.spans or ((piece.version, 0, len(piece.token_ids)),) if piece.token_ids or piece.spans else ()
+        versions: list[int] = []
+        for label, start, end in (span for span in spans if span[2] > span[1]):
+            try:
+                versions += [self._version(label, floor)] * (end - start)
+            except Fault:
+                response.cut(first + start if piece.spans else len(response.token_ids))
+                raise
+        told = len(versions) - len(piece.token_ids)  # of tokens that are there already, up to the end of the response
+        told = min(told, len(response.versions) - first)
+        response.versions[first : first + told] = versions[:told]
+        if piece.token_ids:
+            response.take(piece.token_ids, piece.logprobs, versions[-len(piece.token_ids) :])
+            self._progress = time.monotonic()
 
     def _finish(self, piece: Piece, prompt: Prompt, response: Response, first: int, floor: int) -> None:
-        """What the end of a request tells of all its tokens: versions, experts, counts."""
-        for label, start, end in (span for span in piece.spans if span[2] > span[1]):
-            version = self._version(label, floor)
-            stop = min(first + end, len(response.versions))
-            response.versions[first + start : stop] = [version] * max(stop - first - start, 0)
+        """What else the end of a request tells: experts, counts."""
         self.counts["prompt_tokens"] += piece.prompt_tokens
         self.counts["cached_tokens"] += piece.cached_tokens
         self.counts["retractions"] += piece.retractions
@@ -500,13 +532,15 @@ class SGLangEngine:
         return pool
 
     async def _take_up(self, published: Published) -> None:
+        self._update = asyncio.current_task()
         for limit in self._limits:
-            limit.reschedule(None)
+            if not limit.expired():
+                limit.reschedule(None)
         try:
             await self.pool.publish(published)
         finally:
             for limit in self._limits:
-                limit.reschedule(self._loop.time() + self.config.stall_s)
+                self._allow(limit, self.config.stall_s)
             self._progress = time.monotonic()
 
     async def _watch(self, pool: Pool) -> None:
@@ -525,10 +559,13 @@ class SGLangEngine:
                     task.cancel()
 
     async def _close(self) -> None:
-        for task in [*self._watchers, *self._tasks]:
-            task.cancel()
+        update = {self._update} if self._update is not None else set()
+        for task in (*self._watchers, *self._tasks, *update):
+            if not task.cancelling():  # a second time would end what it does at its end
+                task.cancel()
         self.pool.close()
-        if rest := {*self._watchers, *self._tasks, *self._aborts, *self.pool.lookers}:
+        # An update that is left ends the pause of its server first.
+        if rest := {*self._watchers, *self._tasks, *self._aborts, *self.pool.lookers, *update}:
             await asyncio.wait(rest, timeout=5.0)  # a server that hangs does not hold us up
         await self._session.close()
 

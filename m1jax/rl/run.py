@@ -429,7 +429,7 @@ def server_engine(config: RLConfig, questions: Questions, folder: Path, log: Cal
         config.servers,
         config.model,
         stop_ids=questions.tokenizer.stop_ids,
-        temperatures=[s.temperature for s in sampling],
+        temperature=config.sampling.temperature,
         positions=config.problems.max_prompt_tokens + max(s.max_tokens for s in sampling),
         weights=Path(shared) / folder.absolute().name if shared else folder / WEIGHTS,
         files=folder / HUGGINGFACE,

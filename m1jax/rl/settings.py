@@ -259,6 +259,11 @@ class RLConfig:
                 "config.loss.ratio_anchor: 'trainer' with one update makes every ratio 1, so that caps and clips never "
                 "act; raise update.updates_per_batch or update.passes, or anchor at the rollout"
             )
+        if self.rollout.staleness and loss.ratio_anchor == "trainer" and not loss.mismatch_cap:
+            found.append(
+                f"config.loss.ratio_anchor: 'trainer' with rollout.staleness {self.rollout.staleness}: nothing weighs "
+                f"that older weights sampled; anchor at the rollout, or set loss.mismatch_cap"
+            )
         if loss.clip_low is not None and loss.clip_high is not None and loss.clip_high < loss.clip_low:
             found.append(
                 f"config.loss.clip_high: {loss.clip_high:g} is below clip_low, {loss.clip_low:g}: rare tokens are held "

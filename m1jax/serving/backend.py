@@ -7,8 +7,9 @@ SGLang's `LightningAttentionBackend` has M1's conventions with the kernel "seg_l
 slopes by layer among all layers, decay before the new token, a float32 state [N, H, H] with the key axis first, and
 `layer.scaling` as the only scale, 1 here. The kernel's arithmetic was run by Triton's interpreter on a CPU and is
 ours to 1e-6 (tests/serving/test_recurrence.py); on a GPU neither it nor the backend has run, where its products of
-float32 tensors may become TF32. It decodes heads whose width is a multiple of 128. SGLang's other kernel, "minimax",
-was not looked into further: it has no prefix tracking.
+float32 tensors become TF32 unless Triton is told otherwise, as launch/sglang.sh does. It decodes heads whose width is a
+multiple of 128; and prompts of one token, whose slots SGLang has to have zeroed, which it does. SGLang's other kernel,
+"minimax", was not looked into further: it has no prefix tracking.
 """
 
 from __future__ import annotations

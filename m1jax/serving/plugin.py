@@ -6,6 +6,7 @@ itself is found by SGLANG_EXTERNAL_MODEL_PACKAGE=m1jax.serving.models, which lau
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def refuse_bad_folders(update: Any, updater: Any, model_path: str, *args: Any, *
 
     The answer to the request is then 400 with this message, and the old weights go on serving. What another model than
     ours needs is what the folder held that it was started from; one that is no folder of safetensors is not checked.
+    Each rank looks for itself, and all do the same: a folder that one host does not see yet changes none of them.
     """
     from m1jax.serving.checkpoint import folder_problems, problems, tensors
     from m1jax.serving.config import MiniMaxM1Config
@@ -67,9 +69,27 @@ def refuse_bad_folders(update: Any, updater: Any, model_path: str, *args: Any, *
             found = problems(tensors(folder), model.first_tensors) if model.first_tensors else []
         except (OSError, ValueError) as error:
             found = [f"{folder} cannot be read: {error}"]
-    if found:
-        return False, f"weights not updated, the old ones serve: {'; '.join(found)}"
-    return update(updater, model_path, *args, **options)
+    if not _on_all_ranks(not found):
+        told = "; ".join(found) or f"another rank finds fault with {folder}, see its log"
+        logging.getLogger(__name__).error("weights not updated: %s", told)
+        return False, f"weights not updated, the old ones serve: {told}"
+    done, message = update(updater, model_path, *args, **options)
+    if not _on_all_ranks(done) and done:
+        return False, "another rank could not read the weights, see its log; this one has them: update again"
+    return done, message
+
+
+def _on_all_ranks(good: bool) -> bool:
+    """Whether something is true on every rank of the server: only the first one's answer reaches the client."""
+    import torch
+    from sglang.srt.runtime_context import get_parallel
+
+    group = get_parallel().tp_group
+    if group.world_size == 1:
+        return good
+    verdict = torch.tensor(int(good))
+    torch.distributed.all_reduce(verdict, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+    return bool(verdict)
 
 
 def _tensors_or_none(folder: Path) -> dict[str, tuple[int, ...]] | None:

@@ -83,14 +83,14 @@ class HFFolder:
         known = {t.name for t in wanted}
         problems += _name_problems(self._stored, known - unread if unread is not None else (), known)
         problems += _shape_problems(self._stored, wanted)
-        found = {self._stored[t.name].dtype for t in wanted if t.name in self._stored and not t.router}
+        found = {self._stored[t.name].dtype for t in wanted if t.name in self._stored and not t.wide}
         if not dtype:
             problems += _dtype_problems(self._stored, wanted)
             dtype = _NUMPY.get(next(iter(found), "F32"), np.dtype(np.float32)).name
         if problems:
             raise UserError(f"{folder}: " + "; ".join(problems))
         self.config = with_dtype(self.config, dtype)
-        gates = [self._stored[t.name].dtype for t in wanted if t.router]
+        gates = [self._stored[t.name].dtype for t in wanted if t.wide]
         narrow = [stored for stored in gates if _NUMPY[stored].itemsize < 4]
         if narrow:
             self.notes.append(f"widened {len(narrow)} router gates from {'/'.join(sorted(set(narrow)))} to float32")
@@ -155,7 +155,7 @@ def what_is_missing(folder: Path) -> str:
 
 
 def hf_bytes(tensors: Iterable[HFTensor], dtype: str) -> int:
-    """Bytes of the tensors stored as `dtype`, router gates at least in float32."""
+    """Bytes of the tensors stored as `dtype`, the wide ones at least in float32."""
     return sum(int(np.prod(t.shape)) * tensor_dtype(t, dtype).itemsize for t in tensors)
 
 
@@ -173,6 +173,7 @@ def write_hf(
     read: Callable[[HFTensor], np.ndarray],
     progress: Callable[[int], None] = lambda _: None,
     shard_bytes: int = 4 << 30,
+    tensors: Sequence[HFTensor] | None = None,
 ) -> None:
     """Write config.json, shards of at most about `shard_bytes` and their index, one tensor in memory at a time.
 
@@ -181,11 +182,12 @@ def write_hf(
         values: the keys of config.json.
         read: a tensor's values in torch's layout; stored in `tensor_dtype(tensor, config.param_dtype)`.
         progress: called with the bytes of every tensor written.
+        tensors: those of `hf_tensors(config)`, with others of them wide; None takes them as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[HFTensor]] = [[]]
     size = 0
-    for tensor in hf_tensors(config):
+    for tensor in tensors or hf_tensors(config):
         count = hf_bytes([tensor], config.param_dtype)
         if shards[-1] and size + count > shard_bytes:
             shards.append([])
@@ -358,7 +360,7 @@ def _dtype_problems(stored: Mapping[str, Stored], wanted: Sequence[HFTensor]) ->
     """What keeps the tensors from being stored as they are: half precision, or a mixture of dtypes."""
     by_dtype: dict[str, list[str]] = {}
     for tensor in wanted:
-        if tensor.name in stored and not tensor.router:
+        if tensor.name in stored and not tensor.wide:
             by_dtype.setdefault(stored[tensor.name].dtype, []).append(tensor.name)
     if len(by_dtype) > 1:
         told = ", ".join(f"{len(names)} {dtype} ({names[0]}, ...)" for dtype, names in by_dtype.items())

@@ -38,7 +38,7 @@ class HFTensor:
         index: its place in the leaf's leading (periods, run, expert) axes.
         tail: shape of the leaf at that index.
         transposed: whether (out, in) becomes (in, out).
-        router: a router gate, at least float32 whatever the rest is.
+        wide: at least float32 whatever the rest is; a router gate is.
     """
 
     name: str
@@ -47,7 +47,7 @@ class HFTensor:
     index: tuple[int, ...]
     tail: tuple[int, ...]
     transposed: bool
-    router: bool = False
+    wide: bool = False
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         """The values as they lie in the leaf, contiguous."""
@@ -79,7 +79,7 @@ def leaf_shapes(config: ModelConfig) -> dict[tuple[str, ...], tuple[tuple[int, .
 def tensor_dtype(tensor: HFTensor, dtype: str) -> np.dtype:
     """The dtype of a tensor in a model stored as `dtype`."""
     named = np.dtype(getattr(ml_dtypes, dtype, dtype))
-    return np.promote_types(named, np.float32) if tensor.router else named
+    return np.promote_types(named, np.float32) if tensor.wide else named
 
 
 def unflatten(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _layer(c: ModelConfig, layer: int) -> Iterator[HFTensor]:
         yield matrix("self_attn.o_proj", ("attention", "out"), (N, H, D), D)
     yield vector("post_attention_layernorm.weight", ("norm_mlp", "scale"), D)
     if E:
-        yield matrix("block_sparse_moe.gate", ("mlp", "router"), (D, E), E, router=True)
+        yield matrix("block_sparse_moe.gate", ("mlp", "router"), (D, E), E, wide=True)
         for e in range(E):
             name = f"block_sparse_moe.experts.{e}"
             yield matrix(f"{name}.w1", ("mlp", "gate"), (D, F), F, expert=(e,))

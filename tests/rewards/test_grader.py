@@ -34,6 +34,7 @@ def crashes(answer, row): ctypes.string_at(0)
 def hoards(answer, row): return len(bytearray(10 << 30))
 def prints(answer, row): print("[0, 1.0]", flush=True); return 0.25
 def imports(answer, row): return float("jax" in sys.modules or "numpy" in sys.modules)
+def keys(answer, row): return float(any(name.startswith("SGLANG_") for name in os.environ))
 def pid(answer, row): open(row["file"], "a").write(f"{os.getpid()} "); return 1
 """
 
@@ -43,8 +44,11 @@ def grader(tmp_path_factory):
     folder = tmp_path_factory.mktemp("verifiers")
     (folder / "verifiers_for_tests.py").write_text(VERIFIERS)
     sys.path.insert(0, str(folder))
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setenv("SGLANG_ADMIN_KEY", "secret")
     with Grader(workers=2, cpu_seconds=0.5, wall_seconds=3.0) as grader:
         yield grader
+    monkeypatch.undo()
     sys.path.remove(str(folder))
 
 
@@ -65,6 +69,7 @@ def job(name, answer="x", **row):
         ("missing", Verdict(0.0, "error")),
         ("prints", Verdict(0.25)),
         ("imports", Verdict(0.0)),
+        ("keys", Verdict(0.0)),
     ],
 )
 def test_a_bad_job_costs_itself_only(grader, name, verdict):

@@ -157,6 +157,8 @@ def test_what_a_batch_gives_back_comes_first_in_the_next_one(staleness):
     assert batch(queue, engine, 1) == [2, 3, 4, 5]
     assert [v for i, v in engine.asked if i == 2] == ([0] if staleness else [0, 1])
     assert queue.position == (6, [])
+    if staleness:  # the ages of what was trained on: two groups of weights 0 at step 0, four at step 1
+        assert queue.take_metrics()["rollout/staleness_mean"] == pytest.approx(4 / 6)
 
 
 def test_a_resumed_run_asks_first_what_was_asked_and_not_used():

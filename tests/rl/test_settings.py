@@ -88,5 +88,9 @@ def test_what_is_seldom_meant_is_told():
     (line,) = built(RL, **loss).warnings()
     assert line.startswith("config.loss.ratio_anchor: 'trainer' with one update makes every ratio 1")
     assert built(RL, **loss, update__passes=2).warnings() == []
+    late = {"loss__ratio_anchor": "trainer", "rollout__staleness": 1}
+    (line,) = built(RL, **late).warnings()
+    assert line.startswith("config.loss.ratio_anchor: 'trainer' with rollout.staleness 1: nothing weighs that older")
+    assert built(RL, **late, loss__mismatch_cap=2.0).warnings() == built(RL, rollout__staleness=1).warnings() == []
     (line,) = built(RL, loss={"kind": "ppo_clip", "clip_low": 0.3, "clip_high": 0.2}).warnings()
     assert line.startswith("config.loss.clip_high: 0.2 is below clip_low, 0.3")

@@ -245,6 +245,7 @@ def wrong(kind, answer, stream):
         "abort_503": lambda: reason["status_code"] == 503 and triples == [],
         "abort_before_prefill": lambda: reason["type"] == "abort" and last == [] and meta["completion_tokens"] == 0,
         "duplicate": lambda: answer.body[0] == answer.body[1],
+        "old_span": lambda: [s["version"] for s in meta["weight_versions"]] == ["default", "now"],
         "nan_logprob": lambda: np.isnan(triples[-1][0]),
         "null_logprob": lambda: triples[-1][0] is None,
         "missing_logprobs": lambda: triples is None,

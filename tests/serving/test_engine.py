@@ -51,7 +51,7 @@ class Served:
     def engine(self, **config) -> SGLangEngine:
         return SGLangEngine(
             ServersConfig(**dict(urls=(self.server.url,), in_flight=16, patience_s=120.0) | config), self.model,
-            stop_ids=(STOP,), temperatures=(1.0,), positions=2048, weights=self.folder / "weights",
+            stop_ids=(STOP,), temperature=1.0, positions=2048, weights=self.folder / "weights",
             record_experts=self.model.num_experts > 0, log=lambda line: None,
         )  # fmt: skip
 
@@ -228,7 +228,7 @@ def test_the_server_stops_repetition_itself_at_the_same_token(trained, tmp_path)
             config_ = ServersConfig(urls=(url,), repetition_stop=way, in_flight=16)
             engine = SGLangEngine(
                 config_, MODEL, stop_ids=(runs.TOKENS.index("<eos>"),),
-                temperatures=(1.0,), positions=64, weights=tmp_path / way, log=lambda line: None,
+                temperature=1.0, positions=64, weights=tmp_path / way, log=lambda line: None,
             )  # fmt: skip
             try:
                 engine.set_weights(runs.bigram(), 0)

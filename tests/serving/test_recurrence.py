@@ -37,9 +37,18 @@ def test_slopes_are_ours(told):
         np.testing.assert_array_equal(np.float32(theirs), slopes(*map(int, case.split())), err_msg=case)
 
 
+def test_slopes_on_a_gpu_are_ours_on_every_rank(told):
+    assert len(told["their slopes"]) == 11
+    for case, apart in told["their slopes"].items():
+        assert apart < 3e-7, case  # float32, in another order
+
+
 @pytest.mark.parametrize("form", ["token by token", "seg_la"])
 def test_chunks_and_steps_are_the_recurrence(told, form):
-    """Prompts from zero and after a prefix, several in a batch, single steps: relative to the largest entry."""
-    assert len(told["apart"]) == 4
+    """Prompts from zero and after a prefix, several in a batch, single steps, states from inside a prompt.
+
+    Relative to the largest entry.
+    """
+    assert len(told["apart"]) == 5
     for case, apart in told["apart"].items():
         assert apart[form] < 3e-6, (case, apart)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
+from m1jax.errors import UserError
+
 API_KEY, ADMIN_KEY = "SGLANG_API_KEY", "SGLANG_ADMIN_KEY"
 
 
@@ -22,5 +24,13 @@ class Keys:
 
 
 def keys_from_environment() -> Keys:
-    """SGLANG_API_KEY and SGLANG_ADMIN_KEY, where they are set."""
-    return Keys(os.environ.get(API_KEY, ""), os.environ.get(ADMIN_KEY, ""))
+    """SGLANG_API_KEY and SGLANG_ADMIN_KEY, where they are set; a line end behind one is no part of it.
+
+    Raises:
+        UserError: one cannot be sent, for it has more than visible ASCII in it.
+    """
+    keys = {name: os.environ.get(name, "").strip() for name in (API_KEY, ADMIN_KEY)}
+    for name, key in keys.items():
+        if not all("!" <= letter <= "~" for letter in key):
+            raise UserError(f"{name}: has a space, a control character or no ASCII in it, and is sent in a header")
+    return Keys(keys[API_KEY], keys[ADMIN_KEY])

@@ -11,10 +11,11 @@ Requests go to the least loaded server, those of one prompt to the same one, who
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +23,16 @@ import aiohttp
 
 from m1jax.errors import EngineLost, ServerRefused
 from m1jax.rl.servers.keys import Keys
-from m1jax.rl.servers.probes import probe_flags, probe_logprobs
+from m1jax.rl.servers.probes import probe_flags, probe_logprobs, probe_vocabulary
 from m1jax.rl.servers.protocol import BUSY, CHECK, Fault
-from m1jax.rl.servers.server import Server
+from m1jax.rl.servers.server import Checksums, Server
 from m1jax.rl.servers.settings import ServersConfig
 from m1jax.rl.servers.weights import Published, update, wake
 
 WAITING_S = 20.0
 """Seconds without a server after which the run says so, and says so again."""
+PAST_S = 30.0
+"""Seconds that servers are asked directly after their gateway failed."""
 HEALTH_S = 30.0
 """Seconds that a look at a server's health takes at the most; SGLang itself gives up after 20."""
 
@@ -56,11 +59,14 @@ class Pool:
         self.servers = [Server(url, session, keys, counts) for url in config.urls]
         self.front = Server(config.gateway, session, keys, counts) if config.gateway else None
         self.current: Published | None = None
-        self._sums: dict[str, str] = {}  # of the current weights, by how a server is spread over ranks
+        self._sums: dict[str, tuple[str, ...]] = {}  # of the current weights, by how a server is spread over ranks
         self._sticky: dict[int, Server] = {}
         self._waiting: deque[tuple[int, asyncio.Future[Server]]] = deque()
-        self._closed = self._started = self._past_front = False
+        self._closed = self._started = False
         self._closed_at = self._updates_s = 0.0
+        self._past_front = 0.0  # time of the event loop before which the gateway is not asked
+        self._being_updated: set[Server] = set()
+        self._news = asyncio.Event()  # there are newer weights than when it was made
         self._lookers: dict[Server, asyncio.Task[None]] = {}
         self._probed: set[str] = set()
         self._reading: dict[Server, Path] = {}
@@ -98,34 +104,43 @@ class Pool:
             EngineLost: there was none for `patience_s`.
             ServerRefused: a server turned out to be set up wrongly.
         """
-        place: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
-        self._waiting.append((group, place))
-        self._deal()
-        try:
-            server = await place
-        except asyncio.CancelledError:
-            if place.done() and not place.cancelled() and place.exception() is None:
-                self._leave(place.result())
-            raise
+        server = await self._place(group)
+        while self._closed:  # weights began to change when it had been dealt and was not taken yet
+            self._leave(server)
+            server = await self._place(group)
         try:
             yield server
         finally:
             self._leave(server)
 
+    async def _place(self, group: int) -> Server:
+        """A place at a server, which has to be left again."""
+        place: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+        self._waiting.append((group, place))
+        self._deal()
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled() and place.exception() is None:
+                self._leave(place.result())
+            raise
+
     def note(self, server: Server, fault: Fault) -> None:
         """Draw the conclusions of a failed request."""
         self.counts[fault.kind] += 1
+        now = asyncio.get_running_loop().time()
         if server is self.front:
-            if fault.kind == "version":
-                # It has a server with other weights behind it, which it will not leave out, and we cannot tell which.
-                self.log(f"warning: {server.url}: {fault.detail}; servers are asked directly until the next update")
-                self._past_front = True
-            for each in self.serving if fault.kind in CHECK else ():
-                self.put_out(each, fault)
+            if fault.kind in CHECK and now >= self._past_front:
+                # Of other weights: it has a server behind it that it will not leave out, and we cannot tell which.
+                # Anything else is its own failure or that of a server, which then fails when it is asked itself.
+                for_s = math.inf if fault.kind == "version" else PAST_S
+                until = "the next update" if fault.kind == "version" else f"{for_s:.0f} s have passed"
+                self.log(f"warning: {server.url}: {fault.detail}; servers are asked directly until {until}")
+                self._past_front = now + for_s
         elif fault.kind in CHECK:
             self.put_out(server, fault)
         if fault.kind in BUSY:
-            server.rest_until = asyncio.get_running_loop().time() + random.uniform(0.1, 1.0)
+            server.rest_until = now + random.uniform(0.1, 1.0)
 
     def put_out(self, server: Server, fault: Fault) -> None:
         """Ask nothing more of a server until it has been looked at."""
@@ -144,8 +159,10 @@ class Pool:
             EngineLost: none could, nor came back within `patience_s`.
         """
         self._closed_at = asyncio.get_running_loop().time()
-        self._closed, self._past_front, before = True, False, self.current
+        self._closed, before = True, self.current
+        self._past_front = 0.0 if self._past_front == math.inf else self._past_front
         self.current, self._sums = published, {}
+        news, self._news = self._news, asyncio.Event()
         serving = self.serving if before is not None else []
         try:
             sums = await asyncio.gather(*(self._update(server, self.config.update_mode) for server in serving))
@@ -154,6 +171,7 @@ class Pool:
             self._updates_s += asyncio.get_running_loop().time() - self._closed_at
             self._closed = False
             self._deal()
+        news.set()
         for server in self.servers:
             if server.out and (server not in self._lookers or self._lookers[server].done()):
                 self._lookers[server] = asyncio.create_task(self._bring_back(server, "new"))
@@ -201,7 +219,7 @@ class Pool:
         """The server for a request of prompt `group`; None while none has room."""
         now = asyncio.get_running_loop().time()
         ready = [] if self._closed else [s for s in self.serving if s.rest_until <= now]
-        if self.front is not None and not self._past_front:
+        if self.front is not None and now >= self._past_front:
             free = self.front.rest_until <= now and self.front.in_flight < self.config.in_flight * len(ready)
             return self.front if free else None
         ready = [s for s in ready if s.in_flight < self.config.in_flight]
@@ -218,10 +236,16 @@ class Pool:
     async def watch(self) -> None:
         """See to it, for as long as the pool lives, that nobody waits for ever."""
         loop = asyncio.get_running_loop()
-        alive, told = loop.time(), 0.0
+        alive, told, updates_told = loop.time(), 0.0, 0.0
         while True:
             await asyncio.sleep(0.1)
             self._deal()  # servers that were left alone may be asked again
+            if self._closed and loop.time() - self._closed_at > updates_told + WAITING_S:
+                updates_told = loop.time() - self._closed_at
+                slow = ", ".join(server.url for server in self._being_updated)
+                self.log(f"weights have been changing for {updates_told:.0f} s: {slow} not done yet")
+            elif not self._closed:
+                updates_told = 0.0
             if self.serving or self._closed or self.current is None:
                 alive, told = loop.time(), 0.0
             elif loop.time() - alive > told + WAITING_S:
@@ -254,9 +278,14 @@ class Pool:
             if server.out:
                 self.log(f"warning: goes on without {server.url}: {server.out}")
 
-    async def _update(self, server: Server, mode: str) -> tuple[str, str] | None:
+    async def _update(self, server: Server, mode: str) -> Checksums | None:
         """Update one server, and its checksums then; where that fails it is out."""
         try:
+            found = (await server.info()).get("weight_version")
+            if found != server.label:
+                # It was started anew: it is looked at, and tried out, as one that comes back.
+                self.put_out(server, Fault("version", f"{server.url}: has weights {found!r}, not {server.label!r}"))
+                return None
             return await self._give_weights(server, mode)
         except Fault as fault:
             server.digest = server.digest if fault.kind == "version" else None  # it may have taken all the same
@@ -274,10 +303,10 @@ class Pool:
             self.log(f"warning: {server.url} is out, its update failed: {fault.detail}")
         self.put_out(server, fault)
 
-    def _compare(self, sums: Mapping[Server, tuple[str, str] | None]) -> None:
+    def _compare(self, sums: Mapping[Server, Checksums | None]) -> None:
         """Put out the servers whose checksums are not those of most; of two, the second."""
-        for layout in {s[0] for s in sums.values() if s is not None}:
-            found = {server: s[1] for server, s in sums.items() if s is not None and s[0] == layout}
+        for layout in {s.layout for s in sums.values() if s is not None}:
+            found = {server: s.sums for server, s in sums.items() if s is not None and s.layout == layout}
             votes = Counter(found.values())  # in the order of the servers, which decides a tie
             self._sums[layout] = votes.most_common(1)[0][0]
             for server, hashes in found.items():
@@ -291,11 +320,11 @@ class Pool:
         self._failed(server, fault)
         return fault
 
-    async def _give_weights(self, server: Server, mode: str) -> tuple[str, str] | None:
+    async def _give_weights(self, server: Server, mode: str) -> Checksums | None:
         async with server.updates:
             return await self._give_weights_now(server, mode)
 
-    async def _give_weights_now(self, server: Server, mode: str) -> tuple[str, str] | None:
+    async def _give_weights_now(self, server: Server, mode: str) -> Checksums | None:
         published = self.current
         assert published is not None
         there = str(published.folder.absolute())
@@ -304,9 +333,12 @@ class Pool:
             there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.relative_to(here)}"
         inspect = partial(probe_flags, server.url, needs=self.needs)
         self._reading[server] = published.folder
+        self._being_updated.add(server)
+        asked = [server] if self.front is None else [server, self.front]
         try:
-            return await update(server, published, there, mode, self.config.update_s, inspect)
+            return await update(server, published, there, mode, self.config.update_s, inspect, asked)
         finally:
+            self._being_updated.discard(server)
             del self._reading[server]
 
     async def _bring_back(self, server: Server, kind: str) -> None:
@@ -317,7 +349,8 @@ class Pool:
         try:
             wait_s, longest_s = 0.0, 5.0
             while True:
-                await asyncio.sleep(wait_s)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), wait_s)
                 wait_s = min(max(2 * wait_s, 0.25), longest_s) * random.uniform(0.8, 1.2)
                 if self.current is None:
                     continue
@@ -353,17 +386,23 @@ class Pool:
         info = await server.info()
         probe_flags(server.url, info, self.needs)
         server.deterministic = bool(info.get("enable_deterministic_inference"))
+        if self.front is not None:
+            self.front.deterministic = all(each.deterministic for each in self.servers)
         found = info.get("weight_version")
         if not found == server.label == wanted.label:
             if server.label and found not in (server.label, wanted.label):
-                server.digest = None  # it was restarted
+                server.digest = None  # it was restarted, and may be set up in another way
+                self._probed.discard(server.url)
                 self.counts["restarts"] += 1
                 self.log(f"{server.url}: came back with weights {found!r}; it is given {wanted.label}")
+            async with server.updates:
+                await wake(server)  # it may have been left in a pause, in which nothing is answered
+            await probe_vocabulary(server, self.needs)
             sums = await self._give_weights(server, "abort")
-            if sums is not None and wanted is self.current and self._sums.setdefault(*sums) != sums[1]:
+            if sums is not None and wanted is self.current and self._sums.setdefault(*sums) != sums.sums:
                 raise self._disagrees(server)
         else:
-            await wake(server)  # it may have been left in a pause
+            await wake(server)
         if server.url not in self._probed:
             try:
                 await probe_logprobs(server, self.needs, self.log)

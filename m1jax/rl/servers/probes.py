@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from m1jax.errors import ServerRefused
-from m1jax.rl.servers.protocol import Fault, new_id, read_piece, request
+from m1jax.rl.servers.protocol import Fault, Piece, new_id, read_piece, request
 from m1jax.rl.servers.server import Server
 from m1jax.types import Sampling
 from m1jax.weights.hf_config import MODEL_TYPES
 
-PROBE_TOKENS, PROBE_S = 8, 120.0
+PROBE_TOKENS, PROBE_S, FAR = 8, 120.0, 0.25
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Needs:
         model_type: of the model, as its config.json has it.
         vocab_size: of the model.
         stop_ids: ids that end a response.
-        temperatures: that answers are sampled at.
+        temperature: that responses are sampled at.
         positions: longest prompt and response together.
         repetition_stop: `ServersConfig.repetition_stop`.
         update_mode: `ServersConfig.update_mode`.
@@ -41,7 +41,7 @@ class Needs:
     model_type: str
     vocab_size: int
     stop_ids: tuple[int, ...]
-    temperatures: tuple[float, ...]
+    temperature: float
     positions: int
     repetition_stop: str
     update_mode: str
@@ -93,6 +93,23 @@ def probe_flags(url: str, info: Mapping[str, Any], needs: Needs) -> None:
         )
 
 
+async def probe_vocabulary(server: Server, needs: Needs) -> None:
+    """Refuse a server whose model has more ids than ours or fewer: it takes a bias for an id that it has, and no other.
+
+    To be asked before it gets weights: SGLang alone dies of tensors of another shape.
+
+    Raises:
+        ServerRefused: it has.
+        Fault: it did not answer.
+    """
+    fewer = await _refuses(server, needs.vocab_size - 1, needs)
+    if fewer or not await _refuses(server, needs.vocab_size, needs):
+        raise ServerRefused(
+            f"{server.url}: serves a model of {'fewer' if fewer else 'more'} ids than the {needs.vocab_size} of the "
+            f"one that trains{fewer and f' ({fewer})'}; start it with an export of config.model"
+        )
+
+
 async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None]) -> None:
     """Refuse a server for what its answers show: log-probabilities of another distribution, spans that are missing.
 
@@ -101,27 +118,26 @@ async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None
         Fault: it did not answer.
     """
     prompt = [i % needs.vocab_size for i in range(2, 2 + PROBE_TOKENS) if i not in needs.stop_ids]
-    for temperature in sorted({1.0, *needs.temperatures} - {0.0}):
-        body = request(new_id(), prompt, PROBE_TOKENS, Sampling(PROBE_TOKENS, temperature=temperature), needs.stop_ids)
-        answer = await _soon(server, body)
-        piece = read_piece(answer, body["rid"], 0, PROBE_TOKENS, needs.vocab_size)
-        if not piece.spans and needs.update_mode != "abort":
+    piece, noise = await _answer_and_gap(server, prompt, 1.0, needs)
+    if not piece.spans and needs.update_mode != "abort":
+        raise ServerRefused(
+            f"{server.url}: does not tell which weights each token is of (weight_versions); set "
+            f"config.servers.update_mode to 'abort', with which no request sees two versions"
+        )
+    if noise > 0.1:
+        log(
+            f"warning: {server.url}: its log-probabilities of the same tokens differ by {noise:.3f} between decoding "
+            f"and prefill; low precision, or state that is lost"
+        )
+    if needs.temperature not in (0.0, 1.0):
+        # At a temperature far from 1 the two conventions are far apart, farther than low precision brings them; three
+        # answers, for one of a few tokens that are certain at any temperature tells nothing.
+        gaps = [(await _answer_and_gap(server, prompt[i:], FAR, needs))[1] for i in range(3)]
+        if max(gaps) < 4 * noise + 1e-4:
             raise ServerRefused(
-                f"{server.url}: does not tell which weights each token is of (weight_versions); set "
-                f"config.servers.update_mode to 'abort', with which no request sees two versions"
-            )
-        at_one = np.array(await _rescored(server, prompt, piece.token_ids))
-        gap = np.abs(at_one - np.array(piece.logprobs)).max()
-        if temperature == 1.0 and gap > 0.1:
-            log(
-                f"warning: {server.url}: its log-probabilities of the same tokens differ by {gap:.3f} between decoding "
-                f"and prefill; low precision, or state that is lost"
-            )
-        if temperature != 1.0 and gap < 1e-4 and np.abs(at_one).max() > 0.1:
-            raise ServerRefused(
-                f"{server.url}: sampling at temperature {temperature:g} it returns log-probabilities at temperature 1, "
-                f"which biases every ratio; start it without SGLANG_RETURN_ORIGINAL_LOGPROB, or set "
-                f"config.sampling.temperature to 1"
+                f"{server.url}: sampling at temperature {FAR:g} it returns log-probabilities at temperature 1, which "
+                f"at config.sampling.temperature {needs.temperature:g} biases every ratio; start it without "
+                f"SGLANG_RETURN_ORIGINAL_LOGPROB, or sample at 1"
             )
     if needs.repetition_stop == "stream":
         try:
@@ -130,12 +146,33 @@ async def probe_logprobs(server: Server, needs: Needs, log: Callable[[str], None
             raise Fault("timeout", f"{server.url}: no stream of 4 tokens in {PROBE_S:.0f} s") from error
 
 
+async def _answer_and_gap(server: Server, prompt: list[int], temperature: float, needs: Needs) -> tuple[Piece, float]:
+    """An answer, and how far its log-probabilities are, at most, from those that prefill gives at temperature 1."""
+    body = request(new_id(), prompt, PROBE_TOKENS, Sampling(PROBE_TOKENS, temperature=temperature), needs.stop_ids)
+    piece = read_piece(await _soon(server, body), body["rid"], 0, PROBE_TOKENS, needs.vocab_size)
+    at_one = np.array(await _rescored(server, prompt, piece.token_ids))
+    return piece, float(np.abs(at_one - np.array(piece.logprobs)).max())
+
+
 async def _soon(server: Server, body: dict[str, Any]) -> Any:
     """The answer to a small request."""
     try:
         return await asyncio.wait_for(server.whole(body), PROBE_S)
     except TimeoutError as error:
         raise Fault("timeout", f"{server.url}: no answer to {PROBE_TOKENS} tokens in {PROBE_S:.0f} s") from error
+
+
+async def _refuses(server: Server, token: int, needs: Needs) -> str:
+    """Why a server takes no bias for an id; "" where it does."""
+    body = request(new_id(), [0], 1, Sampling(1), needs.stop_ids)
+    body["sampling_params"]["logit_bias"] = {str(token): 0.0}
+    try:
+        await _soon(server, body)
+    except Fault as fault:
+        if fault.kind != "refused":
+            raise
+        return fault.detail
+    return ""
 
 
 async def _rescored(server: Server, prompt: list[int], answer: list[int]) -> list[float]:

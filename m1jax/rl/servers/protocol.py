@@ -171,15 +171,19 @@ class Events:
     """Server-sent events out of bytes as they come, in whatever portions."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """The payloads of the events that are whole now; the last one of a stream is b"[DONE]"."""
-        *whole, self._rest = (self._rest + chunk).split(b"\n\n")
+        looked = max(len(self._rest) - 1, 0)  # an event may have megabytes: no byte is looked at twice
+        self._rest += chunk
+        if self._rest.find(b"\n\n", looked) < 0:
+            return
+        *whole, self._rest = self._rest.split(b"\n\n")
         for event in whole:
             payload = event.strip()
             if payload.startswith(b"data:"):
-                yield payload[5:].strip()
+                yield bytes(payload[5:].strip())
 
 
 def read_status(status: int, raw: bytes) -> None:
@@ -194,9 +198,7 @@ def read_status(status: int, raw: bytes) -> None:
     raise Fault(kind, f"status {status}: {_message(raw)}")
 
 
-def read_piece(
-    body: Any, rid: str, so_far: int, max_new_tokens: int, vocab_size: int, *, cumulative: bool = False
-) -> Piece:
+def read_piece(body: Any, rid: str, so_far: int, max_new_tokens: int, vocab_size: int) -> Piece:
     """The new tokens of an event or of an answer.
 
     Args:
@@ -205,18 +207,17 @@ def read_piece(
         so_far: tokens of this request that came in earlier events.
         max_new_tokens: what was asked for.
         vocab_size: of the model that trains.
-        cumulative: whether each event repeats the earlier tokens.
 
     Raises:
         Fault: it is an error, belongs to another request, or its tokens, lengths or log-probabilities are not sound.
     """
     try:
-        return _read_piece(body, rid, so_far, max_new_tokens, vocab_size, cumulative)
+        return _read_piece(body, rid, so_far, max_new_tokens, vocab_size)
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise Fault("cut", f"an answer of a form that is none ({type(error).__name__}: {error})"[:200]) from error
 
 
-def _read_piece(body: Any, rid: str, so_far: int, max_new_tokens: int, vocab_size: int, cumulative: bool) -> Piece:
+def _read_piece(body: Any, rid: str, so_far: int, max_new_tokens: int, vocab_size: int) -> Piece:
     if isinstance(body, list):
         raise Fault("duplicate", f"{len(body)} answers to one request")
     if not isinstance(body, dict):
@@ -240,15 +241,13 @@ def _read_piece(body: Any, rid: str, so_far: int, max_new_tokens: int, vocab_siz
         triples = []  # nothing was generated, as in an abort before prefill
     if not isinstance(triples, list) or not isinstance(ids, list):
         raise Fault("logprobs", "no output_token_logprobs, or no output_ids")
-    if cumulative:
-        triples, ids = triples[so_far:], ids[so_far:]
     total = meta.get("completion_tokens", so_far + len(ids))
     if kind == "abort" and len(ids) < len(triples) == total:
         # Ended in the waiting queue, where it went back to when weights changed: the last event of a stream has all
         # triples then, and of the ids the last one again.
         triples = triples[so_far:]
         ids = [triple[1] for triple in triples]
-    if ids and total == so_far and not cumulative:
+    if ids and total == so_far:
         raise Fault("duplicate", f"{len(ids)} tokens that came before, by completion_tokens {total}")
     if len(triples) != len(ids) or total != so_far + len(ids) or total > max_new_tokens:
         raise Fault(

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 
@@ -29,6 +29,18 @@ def open_session() -> aiohttp.ClientSession:
     """
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0)
     return aiohttp.ClientSession(connector=connector, trust_env=False)
+
+
+class Checksums(NamedTuple):
+    """What a server's weights are, without the weights.
+
+    Attributes:
+        layout: how they are spread over ranks.
+        sums: of each rank, hashes of all its parameters.
+    """
+
+    layout: str
+    sums: tuple[str, ...]
 
 
 class Server:
@@ -131,8 +143,8 @@ class Server:
             told = f"{self.url}{path}: {fault.detail}; is this the address of an SGLang server?"
             raise ServerRefused(told) from fault
 
-    async def checksums(self) -> tuple[str, str] | None:
-        """(how it is spread over ranks, hash of every parameter on each) by /weights_checker; None without one."""
+    async def checksums(self) -> Checksums | None:
+        """By /weights_checker; None without one."""
         if self.has_checker is False:
             return None
         try:
@@ -145,7 +157,7 @@ class Server:
         self.has_checker = True
         ranks = answer.get("ranks") or [] if isinstance(answer, dict) else []
         layout, sums = ([rank.get(key) for rank in ranks] for key in ("parallelism_info", "checksums"))
-        return json.dumps(layout, sort_keys=True), json.dumps(sums, sort_keys=True)
+        return Checksums(json.dumps(layout, sort_keys=True), tuple(json.dumps(s, sort_keys=True) for s in sums))
 
     def _post(self, path, body, timeout, control, headers) -> Any:
         headers = self._keys.headers(control) | {"Content-Type": "application/json"} | (headers or {})

@@ -35,8 +35,9 @@ class ServersConfig:
         attempts: failures in a row, without a token gained, that one answer is allowed.
         patience_s: seconds to wait for a server when none is left, or for any sign of progress, before the run saves
             and exits with code 75.
-        stall_s: seconds without a byte after which a streamed answer is given up; of any deadline the fixed part. Where
-            requests queue for longer in a server, lower `in_flight`.
+        stall_s: seconds without a byte after which a streamed answer is given up, and after which the server of another
+            one has to be healthy; of any deadline the fixed part. Where requests queue for longer in a server, lower
+            `in_flight`.
         slowest_tokens_per_s: the speed that deadlines start from; later it is the slowest one seen.
         update_s: seconds that a server may take to read new weights.
     """

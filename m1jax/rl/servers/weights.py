@@ -6,7 +6,7 @@
 A folder appears under its name when all of it is on disk. Its name is the label of the weights: the step, and some
 digits drawn by the run, so that no server passes for ours that has another run's step 12, or comes up with what it was
 started with. Whether an update landed is not taken from its answer alone: the server has to name the label, and its
-checksums have to have changed if, and only if, the tensors did.
+checksums have to have changed, on each of its ranks, if the tensors did, and only then.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 
 from m1jax.model.config import ModelConfig
 from m1jax.rl.servers.protocol import Fault, new_id
-from m1jax.rl.servers.server import Server
+from m1jax.rl.servers.server import Checksums, Server
 from m1jax.types import Params
 from m1jax.weights.hf_config import to_hf
 from m1jax.weights.hf_folder import hf_bytes, with_dtype, write_hf
@@ -74,16 +74,18 @@ def publish(
 
     Args:
         params: of `config`, on whatever devices; one leaf at a time comes to the host.
-        dtype: of the tensors there, router gates at least float32; "" is that of the parameters.
+        dtype: of the tensors there; routers, scales and the head, which decide what a token's probability is, are at
+            least float32. "" is that of the parameters.
         files: folder of tokenizer files that go along.
         read: gets a tensor of parameters that are not all here, as the leaf has it; None reads leaf by leaf.
     """
     start = time.perf_counter()
     config = with_dtype(config, dtype or config.param_dtype)
+    tensors = [replace(t, wide=t.wide or t.leaf[-1] in ("scale", "head")) for t in hf_tensors(config)]
     staging = root / f".{label}.writing"
     reader = _Reader(params, config.param_dtype, read)
     try:
-        write_hf(staging, config, to_hf(config), reader.read)
+        write_hf(staging, config, to_hf(config), reader.read, tensors=tensors)
         if files is not None and files.is_dir():
             for file in files.iterdir():
                 if file.is_file() and not (staging / file.name).exists():
@@ -95,7 +97,7 @@ def publish(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     _sync(root)
-    size = hf_bytes(hf_tensors(config), config.param_dtype)
+    size = hf_bytes(tensors, config.param_dtype)
     return Published(version, label, root / label, reader.digest, size, time.perf_counter() - start)
 
 
@@ -116,7 +118,8 @@ async def update(
     mode: str,
     timeout_s: float,
     inspect: Callable[[Mapping[str, Any]], None] = lambda info: None,
-) -> tuple[str, str] | None:
+    asked: Sequence[Server] = (),
+) -> Checksums | None:
     """Make a server use published weights; its `checksums` after that.
 
     Args:
@@ -125,6 +128,7 @@ async def update(
         mode: of the pause; `ServersConfig.update_mode`.
         timeout_s: for reading the weights.
         inspect: looks at /server_info and /model_info; what it raises is raised.
+        asked: whose answers are this server's: itself, or the gateway before it.
 
     Raises:
         Fault: it did not, for the reason given; it must not be asked before it has been updated.
@@ -133,17 +137,19 @@ async def update(
     try:
         await server.call("/pause_generation", {"mode": mode})
         if mode == "abort":
-            await _idle(server)
+            await _idle(asked or [server])
         await _load(server, published, folder_there, flush=mode != "in_place", timeout_s=timeout_s)
         info = await server.info()
         inspect(info)
         if (label := info.get("weight_version")) != published.label:
             raise Fault("version", f"{server.url}: says {label!r} after an update to {published.label!r}")
         after = await server.checksums()
-        if server.digest is not None and None not in (before, after):
+        if server.digest is not None and before is not None and after is not None:
+            ranks = enumerate(zip(before.sums, after.sums, strict=False))
+            kept = [rank for rank, (old, new) in ranks if old == new]
             changed = server.digest != published.digest
-            if (before != after) != changed:
-                says = "the same" if changed else "others"
+            if kept if changed else before != after:
+                says = f"the same on rank {kept[0]}" if changed else "others"
                 raise Fault("version", f"{server.url}: its checksums are {says} after an update to {published.label}")
         server.label, server.digest = published.label, published.digest
         return after
@@ -183,10 +189,10 @@ async def _load(server: Server, published: Published, folder_there: str, flush: 
         await asyncio.sleep(wait_s)
 
 
-async def _idle(server: Server) -> None:
+async def _idle(servers: Sequence[Server]) -> None:
     """Wait, for ten seconds at the most, until the answers that were cut off have come back."""
     for _ in range(200):
-        if not server.in_flight:
+        if not any(server.in_flight for server in servers):
             return
         await asyncio.sleep(0.05)
 

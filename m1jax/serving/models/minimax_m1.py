@@ -36,7 +36,7 @@ from m1jax.serving.experts import MixtureOfExperts
 
 
 class MiniMaxM1ForCausalLM(nn.Module):
-    """The decoder with its head, which is multiplied in float32 (`MiniMaxM1Config.enable_lm_head_fp32`)."""
+    """The decoder with its head, which is float32, stored (unless tied) and multiplied (`enable_lm_head_fp32`)."""
 
     def __init__(self, config: MiniMaxM1Config, quant_config=None, prefix: str = ""):
         super().__init__()
@@ -50,7 +50,9 @@ class MiniMaxM1ForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head = self.model.embed_tokens
         else:
-            self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size, prefix="lm_head")
+            self.lm_head = ParallelLMHead(
+                config.vocab_size, config.hidden_size, params_dtype=torch.float32, prefix="lm_head"
+            )
         self.logits_processor = LogitsProcessor(config)
 
     @torch.no_grad()
@@ -139,7 +141,8 @@ class Layer(nn.Module):
         y = self.self_attn(u, positions, forward_batch)
         r = self.attention_alpha * (u if self.postnorm else h) + self.attention_beta * y
         v = self.post_attention_layernorm(r)
-        return self.mlp_alpha * (v if self.postnorm else r) + self.mlp_beta * self.block_sparse_moe(v)
+        h = self.mlp_alpha * (v if self.postnorm else r)  # before the experts: SGLang's kernels write over their input
+        return h + self.mlp_beta * self.block_sparse_moe(v)
 
 
 class SoftmaxAttention(nn.Module):
@@ -184,7 +187,7 @@ class LightningAttention(nn.Module):
         self.output_gate = ColumnParallelLinear(c.hidden_size, width, bias=False, prefix=f"{prefix}.output_gate")
         self.out_proj = RowParallelLinear(width, c.hidden_size, bias=False, prefix=f"{prefix}.out_proj")
         self.norm = nn.Module()
-        scale = nn.Parameter(torch.ones(self.heads * self.head_dim), requires_grad=False)
+        scale = nn.Parameter(torch.ones(self.heads * self.head_dim, dtype=torch.float32), requires_grad=False)
         scale.weight_loader = sharded_weight_loader(0)
         self.norm.register_parameter("weight", scale)
         self.attn = RadixAttention(
@@ -199,7 +202,7 @@ class LightningAttention(nn.Module):
         squares = o.square().sum(-1, keepdim=True)
         if get_parallel().tp_size > 1:
             squares = tensor_model_parallel_all_reduce(squares)
-        o = o * torch.rsqrt(squares / self.width + self.eps) * self.norm.weight.float()
+        o = o * torch.rsqrt(squares / self.width + self.eps) * self.norm.weight
         gated = torch.sigmoid(self.output_gate(u)[0].float()) * o
         return self.out_proj(gated.to(u.dtype))[0]
 
