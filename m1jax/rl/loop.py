@@ -50,6 +50,7 @@ def train(
     """
     with StopSignal() as stop, open_run(config, workdir, params, engine, log) as run, saved_at_least(run, stop):
         run.give_up_when(lambda: stop.requested is not None)
+        run.engine.set_weights(run.state.params, run.step)
         if run.step == 0 and run.evaluation_due:
             evaluate(run)
         if run.unrecorded is not None:
@@ -103,11 +104,14 @@ def saved_at_least(run: Run, stop: StopSignal) -> Iterator[None]:
 
     Raises:
         Interrupted: it was asked to; or they are gone, with exit code 75 and the cause.
+        EngineLost: they are, and there is nothing yet to go on from.
         ServerRefused: one has to be set up in another way.
     """
     try:
         yield
     except (EngineLost, ServerRefused, Stopped) as error:
+        if run.saved < 0 and isinstance(error, EngineLost):
+            raise  # at a start, where there is nothing to save
         run.note_engine()  # what the servers went through belongs to this step, not to the process that goes on with it
         if run.step:
             run.save()

@@ -565,7 +565,6 @@ def open_run(
                 engine = local_engine(config, questions, mesh)
                 stack.callback(engine.close)
             prompts = ahead(engine)
-        engine.set_weights(state.params, step)
         update = make_update(
             config.model, config.loss, optimizer, mesh,
             temperature=config.sampling.temperature, passes=config.update.passes, adam=config.optimizer,

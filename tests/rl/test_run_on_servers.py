@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import threading
 import time
 
@@ -22,7 +25,7 @@ EOS = runs.TOKENS.index("<eos>")
 def script(ids):
     """`<think></think><answer>D</answer><eos>` with a digit that hangs on how often it was asked; or the rest of it."""
     script.calls += 1
-    before, last = (runs.TOKENS[i] for i in ids[-2:])
+    before, last = (runs.TOKENS[i] for i in [0, *ids][-2:])
     order = ("<think>", "</think>", "<answer>", "a digit", "</answer>")
     done = 4 if before == "<answer>" else order.index(last) + 1 if last in order else 0
     digit = str(int(np.random.default_rng(script.calls).integers(10)))
@@ -96,6 +99,29 @@ def test_when_the_servers_are_gone_it_saves_exits_75_and_goes_on_later(tmp_path,
         assert "time/tokens_per_second" not in result.metrics[step]
     assert result.metrics[0]["heldout/sums/mean"] >= 0 and "heldout/sums/mean" in result.metrics[3]
     assert set(result.summary["heldout"]["sums"]) == {"majority", "before", "after"}
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_asked_to_stop_while_servers_read_weights_it_saves_and_goes_on_later(tmp_path, step, monkeypatch):
+    """At the start as after an update; the servers are left as they can be used."""
+    with double() as a:
+        made, load = config(tmp_path, a, checkpoint=dict(every=100)), a._load
+
+        async def slow(body, waited):
+            if body["weight_version"].startswith(f"{step:08d}"):
+                os.kill(os.getpid(), signal.SIGTERM)
+                await asyncio.sleep(600)
+            return await load(body, waited)
+
+        monkeypatch.setattr(a, "_load", slow)
+        with pytest.raises(Interrupted) as stopped:
+            train(made, tmp_path / "run", log=lambda _: None)
+        assert stopped.value.exit_code == 75 and a._unpaused.is_set()
+        assert steps(tmp_path / "run" / "checkpoints") == ([0, 2] if step else [])
+        monkeypatch.undo()
+        result = train(made, tmp_path / "run", log=lambda _: None)
+    assert [row["step"] for row in result.metrics] == [0, 1, 2, 3]
+    assert all("heldout/sums/mean" in result.metrics[at] for at in (0, 3))
 
 
 def test_a_server_that_turns_out_to_be_of_no_use_costs_no_update(tmp_path, monkeypatch):

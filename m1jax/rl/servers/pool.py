@@ -65,7 +65,6 @@ class Pool:
         self._closed = self._started = False
         self._closed_at = self._updates_s = 0.0
         self._past_front = 0.0  # time of the event loop before which the gateway is not asked
-        self._being_updated: set[Server] = set()
         self._news = asyncio.Event()  # there are newer weights than when it was made
         self._lookers: dict[Server, asyncio.Task[None]] = {}
         self._probed: set[str] = set()
@@ -130,13 +129,13 @@ class Pool:
         self.counts[fault.kind] += 1
         now = asyncio.get_running_loop().time()
         if server is self.front:
-            if fault.kind in CHECK and now >= self._past_front:
-                # Of other weights: it has a server behind it that it will not leave out, and we cannot tell which.
-                # Anything else is its own failure or that of a server, which then fails when it is asked itself.
-                for_s = math.inf if fault.kind == "version" else PAST_S
-                until = "the next update" if fault.kind == "version" else f"{for_s:.0f} s have passed"
+            # Of other weights: it has a server behind it that it will not leave out, and we cannot tell which. Anything
+            # else is its own failure or that of a server, which then fails when it is asked itself.
+            stale = fault.kind == "version" and self._past_front < math.inf
+            if stale or (fault.kind in CHECK and now >= self._past_front):
+                until = "the next update" if stale else f"{PAST_S:.0f} s have passed"
                 self.log(f"warning: {server.url}: {fault.detail}; servers are asked directly until {until}")
-                self._past_front = now + for_s
+                self._past_front = math.inf if stale else now + PAST_S
         elif fault.kind in CHECK:
             self.put_out(server, fault)
         if fault.kind in BUSY:
@@ -242,7 +241,7 @@ class Pool:
             self._deal()  # servers that were left alone may be asked again
             if self._closed and loop.time() - self._closed_at > updates_told + WAITING_S:
                 updates_told = loop.time() - self._closed_at
-                slow = ", ".join(server.url for server in self._being_updated)
+                slow = ", ".join(server.url for server in self._reading)
                 self.log(f"weights have been changing for {updates_told:.0f} s: {slow} not done yet")
             elif not self._closed:
                 updates_told = 0.0
@@ -333,12 +332,10 @@ class Pool:
             there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.relative_to(here)}"
         inspect = partial(probe_flags, server.url, needs=self.needs)
         self._reading[server] = published.folder
-        self._being_updated.add(server)
         asked = [server] if self.front is None else [server, self.front]
         try:
             return await update(server, published, there, mode, self.config.update_s, inspect, asked)
         finally:
-            self._being_updated.discard(server)
             del self._reading[server]
 
     async def _bring_back(self, server: Server, kind: str) -> None:
