@@ -261,3 +261,24 @@ def test_keys_are_taken_as_they_are_meant_or_refused_by_name(monkeypatch):
     with pytest.raises(UserError, match="SGLANG_ADMIN_KEY: has a space") as caught:
         keys_from_environment()
     assert "words" not in str(caught.value)
+
+
+def test_a_stream_that_runs_out_of_time_as_weights_change_disturbs_no_update(tmp_path, params):
+    """Its time is up and cannot be given back; the update goes on."""
+    with double() as a, engine(tmp_path, a) as made:
+        made.set_weights(params[0], 0)
+
+        async def late() -> bool:
+            try:
+                async with asyncio.timeout(0) as limit:
+                    made._limits.add(limit)
+                    try:
+                        await asyncio.sleep(60)
+                    finally:  # between its end and its TimeoutError
+                        await made._take_up(made.pool.current)
+                        made._limits.discard(limit)
+            except TimeoutError:
+                return True
+            return False
+
+        assert made._run(late()).result(20)
