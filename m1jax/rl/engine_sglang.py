@@ -436,19 +436,19 @@ class SGLangEngine:
         An event names the weights of the moment. The last one tells of all tokens of the request, which began when the
         response had `first`; those from the first that is of other weights than it should be on are taken back.
         """
-        spans = piece.spans or ((piece.version, 0, len(piece.token_ids)),) if piece.token_ids or piece.spans else ()
         versions: list[int] = []
-        for label, start, end in (span for span in spans if span[2] > span[1]):
+        for label, start, end in piece.spans or ((piece.version, 0, len(piece.token_ids)),):
             try:
-                versions += [self._version(label, floor)] * (end - start)
+                versions += [self._version(label, floor)] * (end - start) if end > start else []
             except Fault:
-                response.cut(first + start if piece.spans else len(response.token_ids))
+                if piece.spans:
+                    response.cut(first + start)
                 raise
-        told = len(versions) - len(piece.token_ids)  # of tokens that are there already, up to the end of the response
-        told = min(told, len(response.versions) - first)
-        response.versions[first : first + told] = versions[:told]
+        told = len(versions) - len(piece.token_ids)  # tokens of earlier events, of which some are past the end
+        there = min(told, len(response.versions) - first)
+        response.versions[first : first + there] = versions[:there]
         if piece.token_ids:
-            response.take(piece.token_ids, piece.logprobs, versions[-len(piece.token_ids) :])
+            response.take(piece.token_ids, piece.logprobs, versions[told:])
             self._progress = time.monotonic()
 
     def _finish(self, piece: Piece, prompt: Prompt, response: Response, first: int, floor: int) -> None:
