@@ -67,10 +67,13 @@ if (exec 3<>"/dev/tcp/$host/$port") 2>/dev/null; then
 fi
 
 for key in SGLANG_API_KEY SGLANG_ADMIN_KEY; do
-    if [[ ${!key:-} == -* ]]; then
-        echo "launch/sglang.sh: $key begins with -, which SGLang takes for a flag; choose another" >&2
+    # As clients read them: without what is around them, and of what a header can hold.
+    read -r value <<<"${!key:-}" || true
+    if [[ $value == -* || $value =~ [^[:graph:]] ]]; then
+        echo "launch/sglang.sh: $key begins with -, which SGLang takes for a flag, or has a space in it" >&2
         exit 2
     fi
+    printf -v "$key" %s "$value"
 done
 umask 077 # for the log and the keys
 if [ -n "${LOG:-}" ]; then
@@ -82,16 +85,21 @@ else
 fi
 
 pid='' private=''
-stop() {
-    trap '' INT TERM
+end() { # the server and all of its processes, its group: nobody else is in it
     if [ -n "$pid" ] && kill -0 -- "-$pid" 2>/dev/null; then
-        kill -TERM "$pid" 2>/dev/null || true # it ends its requests and its children
+        # It ends its requests and its children; those that it left behind end by themselves.
+        kill -TERM "$pid" 2>/dev/null || kill -TERM -- "-$pid" 2>/dev/null || true
         for _ in $(seq 40); do
             kill -0 -- "-$pid" 2>/dev/null || break
             sleep 0.25
         done
-        kill -KILL -- "-$pid" 2>/dev/null || true # whoever of its group is left: nobody else is in it
+        kill -KILL -- "-$pid" 2>/dev/null || true
     fi
+}
+# shellcheck disable=SC2329 # the trap calls it
+stop() {
+    trap '' INT TERM
+    end
     [ -z "$private" ] || rm -rf "$private"
 }
 trap stop EXIT
@@ -133,25 +141,34 @@ ready() { # /ready is 200 as soon as requests are taken. Further nodes of one se
     esac
 }
 
-left=${RESTARTS:-0}
+left=${RESTARTS:-0} first=yes
 while true; do
     start "${flags[@]}" "$@"
-    deadline=$((SECONDS + ${READY_SECONDS:-900})) code=0
-    until ready; do
-        why=''
-        [ $SECONDS -lt $deadline ] || why="not ready after ${READY_SECONDS:-900} s"
-        kill -0 "$pid" 2>/dev/null || why='the server ended while it started'
-        [ -z "$why" ] || { echo "$why; see ${LOG:-above}" >&2 && exit 1; }
+    deadline=$((SECONDS + ${READY_SECONDS:-900})) why='' code=0
+    until [ -n "$why" ] || ready; do
         sleep 0.5
+        if ! kill -0 "$pid" 2>/dev/null; then
+            why='the server ended while it started'
+        elif [ $SECONDS -ge $deadline ]; then
+            why="not ready after ${READY_SECONDS:-900} s"
+        fi
     done
     [ -z "$private" ] || rm -rf "$private"
-    echo "ready: http://$host:$port serves $model, pid $pid"
-    wait "$pid" || code=$?
-    if [ "$code" = 0 ] || [ "$left" = 0 ]; then exit "$code"; fi
-    left=$((left - 1))
-    stop # what is left of its processes
-    pid=''
-    trap 'exit 130' INT
-    trap 'exit 143' TERM
-    echo "the server ended with code $code; starting it again, $left further times at the most" >&2
+    if [ -z "$why" ]; then
+        echo "ready: http://$host:$port serves $model, pid $pid"
+        wait "$pid" || code=$?
+        if [ "$code" = 0 ]; then exit 0; fi
+        why="the server ended with code $code"
+    else
+        code=1
+        if [ -n "$first" ]; then left=0; fi # it never was there: a mistake to mend
+    fi
+    if [ "$left" = 0 ]; then
+        echo "$why; see ${LOG:-above}" >&2
+        exit "$code"
+    fi
+    first='' left=$((left - 1))
+    echo "$why; starting it again, $left further times at the most" >&2
+    end # what is left of its processes
+    sleep 2 # in which a GPU's memory becomes free
 done

@@ -101,10 +101,10 @@ class Ahead:
             chosen = self._in_order(count, step) if self.unfinished == "wait" else self._finished(count)
             self._taken |= {group.prompt.index: self._groups.pop(group.prompt.index) for group in chosen}
             prompts, rollouts = [g.prompt for g in chosen], [g.answers.result() for g in chosen]
-        for prompt, group in zip(prompts, rollouts, strict=True) if self.staleness else ():
-            versions = [r.weight_version if r.weight_versions is None else r.weight_versions for r in group]
-            ages = [step - np.broadcast_to(v, len(r.token_ids)) for v, r in zip(versions, group, strict=True)]
-            self._ages[prompt.index] = np.concatenate(ages)
+            for prompt, group in zip(prompts, rollouts, strict=True):
+                versions = [r.weight_version if r.weight_versions is None else r.weight_versions for r in group]
+                ages = [step - np.broadcast_to(v, len(r.token_ids)) for v, r in zip(versions, group, strict=True)]
+                self._ages[prompt.index] = np.concatenate(ages)
         return prompts, rollouts
 
     def done(self, again: Sequence[int]) -> None:

@@ -315,7 +315,7 @@ class SGLangEngine:
             body = with_processor(body, response.sampling, response.run)
         headers = {"X-SMG-Routing-Key": str(prompt.index)} if self.config.gateway else None
         if stream:
-            return await self._stream(server, body, headers, left, prompt, response, current.version)
+            return await self._stream(server, body, headers, left, prompt, response, current)
         start = self._clock()
         answer = await self._in_time(server, body, headers, left)
         piece = read_piece(answer, body["rid"], 0, left, self.model.vocab_size)
@@ -334,9 +334,9 @@ class SGLangEngine:
         left: int,
         prompt: Prompt,
         response: Response,
-        floor: int,
+        current: Published,
     ) -> str | None:
-        """Take a streamed answer event by event.
+        """Take an answer event by event that was asked for when the servers had `current`.
 
         An event that is the first to name other weights may hold tokens of the ones before too; only the last event
         tells them apart. Where there is none, that event and what came after it are taken back.
@@ -344,7 +344,7 @@ class SGLangEngine:
         Raises:
             Fault: it failed. What was taken and not taken back is sound.
         """
-        first, seen, label, doubtful = len(response.token_ids), 0, "", -1
+        first, seen, label, doubtful = len(response.token_ids), 0, current.label, -1
         start, stall_s = self._clock(), self.config.stall_s
         events = server.events(body, headers)
         try:
@@ -355,14 +355,14 @@ class SGLangEngine:
                         self._allow(limit, stall_s)
                     piece = read_piece(event, body["rid"], seen, left, self.model.vocab_size)
                     goes_on, before = response.ending is None, len(response.token_ids)
-                    self._take(piece, response, first, floor)
+                    self._take(piece, response, first, current.version)
                     seen += len(piece.token_ids)
                     if piece.finish is not None:
                         doubtful = doubtful if not piece.spans else -1
-                        self._finish(piece, prompt, response, first, floor)
+                        self._finish(piece, prompt, response, first, current.version)
                         self._note_speed(seen, left, start)
                         return piece.finish
-                    if label and piece.version != label and doubtful < 0:
+                    if piece.version != label and doubtful < 0:
                         doubtful = before
                     label = piece.version
                     if self._clock() - start > self._deadline(left):
@@ -549,8 +549,8 @@ class SGLangEngine:
             await asyncio.sleep(0.2)
             allowed = self.config.patience_s
             if self.config.repetition_stop != "stream":
-                allowed += self._deadline(self._longest)  # nothing is seen of a request before its end
-            if pool.updating:
+                allowed += self._deadline(self._longest) / self._doubt  # nothing is seen of a request before its end
+            if pool.loading:
                 self._progress = time.monotonic()
             if self._tasks and time.monotonic() - self._progress > allowed and pool.broken is None:
                 pool.broken = EngineLost(f"no token from any rollout server for {allowed:.0f} s: {pool.causes()}")

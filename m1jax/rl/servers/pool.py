@@ -33,6 +33,8 @@ WAITING_S = 20.0
 """Seconds without a server after which the run says so, and says so again."""
 PAST_S = 30.0
 """Seconds that servers are asked directly after their gateway failed."""
+FIRST_S, LOOK_S, LOADED_S = 0.25, 5.0, 300.0
+"""Seconds between two looks at a server that is out: at first, at the most, and at one that takes no weights."""
 HEALTH_S = 30.0
 """Seconds that a look at a server's health takes at the most; SGLang itself gives up after 20."""
 
@@ -64,6 +66,7 @@ class Pool:
         self._waiting: deque[tuple[int, asyncio.Future[Server]]] = deque()
         self._closed = self._started = False
         self._closed_at = self._updates_s = 0.0
+        self._behind: set[Server] = set()  # those that are being given the current weights, of those that served
         self._past_front = 0.0  # time of the event loop before which the gateway is not asked
         self._news = asyncio.Event()  # there are newer weights than when it was made
         self._lookers: dict[Server, asyncio.Task[None]] = {}
@@ -80,6 +83,11 @@ class Pool:
     def updating(self) -> bool:
         """Whether weights are changing, and nothing is asked."""
         return self._closed
+
+    @property
+    def loading(self) -> bool:
+        """Whether all that can be waited for are servers that read weights, which `update_s` bounds."""
+        return self._closed or (not self.serving and bool(self._reading))
 
     @property
     def reading(self) -> list[Path]:
@@ -241,11 +249,11 @@ class Pool:
             self._deal()  # servers that were left alone may be asked again
             if self._closed and loop.time() - self._closed_at > updates_told + WAITING_S:
                 updates_told = loop.time() - self._closed_at
-                slow = ", ".join(server.url for server in self._reading)
+                slow = ", ".join(server.url for server in self.servers if server in self._behind)
                 self.log(f"weights have been changing for {updates_told:.0f} s: {slow} not done yet")
             elif not self._closed:
                 updates_told = 0.0
-            if self.serving or self._closed or self.current is None:
+            if self.serving or self.loading or self.current is None:
                 alive, told = loop.time(), 0.0
             elif loop.time() - alive > told + WAITING_S:
                 told = loop.time() - alive
@@ -279,13 +287,14 @@ class Pool:
 
     async def _update(self, server: Server, mode: str) -> Checksums | None:
         """Update one server, and its checksums then; where that fails it is out."""
+        self._behind.add(server)
         try:
             found = (await server.info()).get("weight_version")
             if found != server.label:
                 # It was started anew: it is looked at, and tried out, as one that comes back.
                 self.put_out(server, Fault("version", f"{server.url}: has weights {found!r}, not {server.label!r}"))
                 return None
-            return await self._give_weights(server, mode)
+            return await self._give_weights(server, mode, self.front)
         except Fault as fault:
             server.digest = server.digest if fault.kind == "version" else None  # it may have taken all the same
             self._failed(server, fault)
@@ -295,6 +304,8 @@ class Pool:
                 raise
             self._failed(server, Fault("refused", str(error)))  # it was started anew, and wrongly
             return None
+        finally:
+            self._behind.discard(server)
 
     def _failed(self, server: Server, fault: Fault) -> None:
         self.counts["updates_failed"] += 1
@@ -319,11 +330,12 @@ class Pool:
         self._failed(server, fault)
         return fault
 
-    async def _give_weights(self, server: Server, mode: str) -> Checksums | None:
+    async def _give_weights(self, server: Server, mode: str, front: Server | None = None) -> Checksums | None:
+        """Make a server use the current weights; what the gateway `front` has under way may be its."""
         async with server.updates:
-            return await self._give_weights_now(server, mode)
+            return await self._give_weights_now(server, mode, front)
 
-    async def _give_weights_now(self, server: Server, mode: str) -> Checksums | None:
+    async def _give_weights_now(self, server: Server, mode: str, front: Server | None) -> Checksums | None:
         published = self.current
         assert published is not None
         there = str(published.folder.absolute())
@@ -332,7 +344,7 @@ class Pool:
             there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.relative_to(here)}"
         inspect = partial(probe_flags, server.url, needs=self.needs)
         self._reading[server] = published.folder
-        asked = [server] if self.front is None else [server, self.front]
+        asked = [server] if front is None else [server, front]
         try:
             return await update(server, published, there, mode, self.config.update_s, inspect, asked)
         finally:
@@ -341,14 +353,14 @@ class Pool:
     async def _bring_back(self, server: Server, kind: str) -> None:
         """Look at a server until it may be asked again.
 
-        A "new" one may have been left paused by a run that was killed, and is not healthy then: an update wakes it.
+        A "new" one may have been left paused by a run that was killed, and is not healthy then: that is not asked.
         """
         try:
-            wait_s, longest_s = 0.0, 5.0
+            wait_s, longest_s, news = 0.0, LOOK_S, self._news
             while True:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), wait_s)
-                wait_s = min(max(2 * wait_s, 0.25), longest_s) * random.uniform(0.8, 1.2)
+                    await asyncio.wait_for(news.wait(), wait_s)
+                wait_s, news = min(max(2 * wait_s, FIRST_S), longest_s) * random.uniform(0.8, 1.2), self._news
                 if self.current is None:
                     continue
                 try:
@@ -361,7 +373,7 @@ class Pool:
                 except Fault as fault:
                     server.out = fault.detail.removeprefix(f"{server.url}: ")
                     # One that is there and does not take the weights reads all of them every time.
-                    longest_s = 300.0 if fault.kind in ("version", "refused") else 5.0
+                    longest_s = LOADED_S if fault.kind in ("version", "refused") else LOOK_S
             server.out = ""
             self.counts["servers_back"] += 1
             if server.url not in self._probed:

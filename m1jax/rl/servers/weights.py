@@ -145,12 +145,14 @@ async def update(
             raise Fault("version", f"{server.url}: says {label!r} after an update to {published.label!r}")
         after = await server.checksums()
         if server.digest is not None and before is not None and after is not None:
-            ranks = enumerate(zip(before.sums, after.sums, strict=False))
-            kept = [rank for rank, (old, new) in ranks if old == new]
-            changed = server.digest != published.digest
-            if kept if changed else before != after:
-                says = f"the same on rank {kept[0]}" if changed else "others"
-                raise Fault("version", f"{server.url}: its checksums are {says} after an update to {published.label}")
+            wrong = ""
+            if server.digest == published.digest:
+                wrong = "others" if before != after else ""
+            elif kept := [rank for rank, sums in enumerate(after.sums) if sums in before.sums[rank : rank + 1]]:
+                wrong = f"the same on rank {kept[0]}"
+            if wrong or not after.sums:
+                told = f"its checksums are {wrong or 'of no rank'} after an update to {published.label}"
+                raise Fault("version", f"{server.url}: {told}")
         server.label, server.digest = published.label, published.digest
         return after
     finally:
