@@ -40,7 +40,7 @@ def served(tmp_path):
         port = free.getsockname()[1]
     stub(folder, "python", f"""env | grep -E '^(SGLANG_A|TRITON)' >>{folder}/variables
 while [ "${{1:-}}" != --config ] && [ $# -gt 0 ]; do shift; done; [ $# = 0 ] || cat "$2" >{folder}/keys
-[ ! -e {folder}/dies ] || {{ sleep "$(cat {folder}/dies)"; rm {folder}/dies; exec {sys.executable} -c 'import os; os._exit(9)'; }}
+[ ! -e {folder}/dies ] || {{ sleep "$(cat {folder}/dies)"; rm {folder}/dies; kill -KILL $$; }}
 exec {sys.executable} {tmp_path}/server.py {port}""")  # fmt: skip
     return folder, {"SGLANG_VENV": str(tmp_path / "sglang"), "READY_SECONDS": "30"}, str(port)
 
