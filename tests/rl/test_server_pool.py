@@ -45,23 +45,26 @@ def test_many_requests_that_are_stuck_at_once_are_given_up_once(tmp_path, params
 def test_a_server_that_is_silent_and_not_healthy_is_not_waited_for(tmp_path, params, monkeypatch):
     """However long its answer might take by what is known of its speed."""
     options = dict(repetition_stop="segments", stall_s=0.3, slowest_tokens_per_s=0.001, patience_s=60.0)
-    with double() as a, double(seed=1) as b, engine(tmp_path, a, b, **options) as made:
+    with double() as a, engine(tmp_path, a, **options) as made:
         made.set_weights(params[0], 0)
-        b.fault("stuck", 8)
-        call = made.pool.servers[1].call
+        a.fault("stuck", 8)
+        call, looks = made.pool.servers[0].call, []
 
         async def sick(path, *args, **options):
             if path == "/health":
-                raise Fault("busy", "status 503: ")
+                looks.append(path)
+                if len(looks) < 12:
+                    raise Fault("busy", "status 503: ")
             return await call(path, *args, **options)
 
-        monkeypatch.setattr(made.pool.servers[1], "call", sick)
+        monkeypatch.setattr(made.pool.servers[0], "call", sick)
         check(made.generate(prompts(4), 2, Sampling(40), 0), prompts(4), 2, served(made))
-        assert "status 503" in made.pool.servers[1].out
+        metrics = made.take_metrics()
+        assert metrics["engine/fault_timeout"] == 8 and metrics["engine/servers_back"] >= 1
 
 
 def test_a_place_that_was_dealt_before_weights_change_is_not_taken_while_they_do(tmp_path, params):
-    with double() as a, engine(tmp_path, a) as made:
+    with double() as a, engine(tmp_path, a, in_flight=1) as made:
         made.set_weights(params[0], 0)
         pool, found = made.pool, []
 
@@ -69,8 +72,14 @@ def test_a_place_that_was_dealt_before_weights_change_is_not_taken_while_they_do
             async with pool.server(0) as server:
                 found.append((pool.updating, server.label == pool.current.label))
 
-        async def both() -> None:  # the place is dealt in the turn of the loop in which the update begins
-            await asyncio.gather(ask(), pool.publish(dataclasses.replace(pool.current, label="00000001-aaaaaaaa")))
+        async def both() -> None:
+            async with pool.server(1):
+                waits = asyncio.create_task(ask())
+                await asyncio.sleep(0)
+                newer = dataclasses.replace(pool.current, label="00000001-aaaaaaaa")
+                changes = asyncio.create_task(pool.publish(newer))
+            # Its place is dealt here, and the update begins before it wakes.
+            await asyncio.gather(waits, changes)
 
         made._run(both()).result(20)
         assert found == [(False, True)] and pool.servers[0].in_flight == 0
@@ -78,14 +87,15 @@ def test_a_place_that_was_dealt_before_weights_change_is_not_taken_while_they_do
 
 @pytest.mark.parametrize("noise", [0.0, 0.003, 0.05])
 def test_low_precision_hides_no_convention(tmp_path, params, noise):
-    with (
-        double(original_logprobs=True, noise=noise) as a,
-        engine(tmp_path / "a", a, temperature=0.7) as made,
-        pytest.raises(UserError, match="returns log-probabilities at temperature 1"),
-    ):
-        made.set_weights(params[0], 0)
-    with double(noise=noise) as a, engine(tmp_path / "b", a, temperature=0.7) as made:
-        made.set_weights(params[0], 0)
+    for seed in range(4 if noise else 1):
+        with (
+            double(original_logprobs=True, noise=noise, seed=seed) as a,
+            engine(tmp_path / "a", a, temperature=0.7) as made,
+            pytest.raises(UserError, match="returns log-probabilities at temperature 1"),
+        ):
+            made.set_weights(params[0], 0)
+        with double(noise=noise, seed=seed) as a, engine(tmp_path / "b", a, temperature=0.7) as made:
+            made.set_weights(params[0], 0)
 
 
 @pytest.mark.parametrize("noticed_by", ["a request", "an update"])
@@ -146,7 +156,8 @@ def test_newer_weights_wake_whoever_looks_at_a_server(tmp_path, params, monkeypa
     """One that did not take some may take the next ones; its turn to be looked at is minutes away."""
     from m1jax.rl.servers import pool
 
-    monkeypatch.setattr(pool, "FIRST_S", 120.0)
+    for name in ("FIRST_S", "LOOK_S"):
+        monkeypatch.setattr(pool, name, 120.0)
     with double() as a, double() as b, engine(tmp_path, a, b) as made:
         made.set_weights(params[0], 0)
         load, fails = b._load, True
@@ -323,3 +334,14 @@ def test_weights_that_take_long_to_read_are_waited_for_at_the_start(tmp_path, pa
         slow(a, monkeypatch, 2.0)
         made.set_weights(params[0], 0)
         check(made.generate(prompts(2), 2, Sampling(20), 0), prompts(2), 2, served(made), max_tokens=20)
+
+
+def test_tokens_of_weights_that_they_should_not_be_of_are_taken_back(tmp_path, params):
+    """The last event of a stream says so of the first token, when all but the last ones are there already."""
+    with double(script=lambda ids: [(5, -1.0)] * (43 - len(ids))) as a, engine(tmp_path, a, stream_interval=4) as made:
+        made.set_weights(params[0], 0)
+        a.fault("old_span")
+        before = len(a.received)
+        [[response]] = made.generate(prompts(1), 1, Sampling(40), 0)
+        asked = [len(r.body["input_ids"]) for r in a.received[before:] if r.path == "/generate"]
+        assert asked == [3, 3] and len(response.token_ids) == 40
