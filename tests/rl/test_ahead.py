@@ -153,7 +153,7 @@ def test_what_a_batch_gives_back_comes_first_in_the_next_one(staleness):
     engine = Scripted()
     queue = ahead(engine, staleness)
     assert batch(queue, engine, 0, again=[2, 3]) == [0, 1, 2, 3]
-    assert queue.position == (2, [])
+    assert queue.position == (2, []) and sorted(queue._ages) == ([0, 1] if staleness else [])
     assert batch(queue, engine, 1) == [2, 3, 4, 5]
     assert [v for i, v in engine.asked if i == 2] == ([0] if staleness else [0, 1])
     assert queue.position == (6, [])
