@@ -17,7 +17,8 @@ import yaml
 from tests.test_launch_scripts import run, running, stub, wait_for
 
 SERVER = """
-import http.server, os, sys
+import http.server, os, signal, sys
+signal.alarm(300)  # should the test fail
 statuses = dict(pair.split("=") for pair in os.environ.get("STATUSES", "/ready=200").split())
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
