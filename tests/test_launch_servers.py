@@ -8,7 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,16 @@ exec {sys.executable} {tmp_path}/server.py {port}""")  # fmt: skip
 
 def called(folder: Path) -> list[str]:
     return (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+
+
+@contextmanager
+def telling(tmp_path: Path, served, **environment: str) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """launch/sglang.sh while it runs, and the file of what it tells."""
+    told = tmp_path / "told"
+    told.touch()
+    command = f"exec launch/sglang.sh m {served[2]} >{told} 2>&1"
+    with running("bash", "-c", command, **served[1], **environment, LOG="/dev/null") as script:
+        yield script, told
 
 
 def listens(port: str) -> bool:
@@ -135,10 +148,7 @@ def test_a_taken_port_and_a_server_that_does_not_come_are_told(served):
 def test_a_further_node_of_a_server_is_ready_by_its_health(tmp_path, served):
     """It takes no requests: SGLang has no /ready there."""
     _, environment, port = served
-    told = tmp_path / "told"
-    told.touch()
-    command = f"exec launch/sglang.sh m {port} >{told}"
-    with running("bash", "-c", command, **environment, STATUSES="/health=200", LOG="/dev/null") as script:
+    with telling(tmp_path, served, STATUSES="/health=200") as (script, told):
         wait_for(lambda: "ready: " in told.read_text())
         script.terminate()
         script.communicate(timeout=20)
@@ -150,28 +160,23 @@ def test_a_further_node_of_a_server_is_ready_by_its_health(tmp_path, served):
 @pytest.mark.parametrize("restarts", ["0", "1", "3"])
 def test_a_server_that_dies_is_started_again_as_often_as_was_said(tmp_path, served, restarts):
     """One that dies while it starts again too: a GPU's memory may not be free yet. Of three, it does so once."""
-    folder, environment, port = served
-    told = tmp_path / "told"
-    told.touch()
-    command = f"exec launch/sglang.sh m {port} >{told}"
-    with running("bash", "-c", command, **environment, RESTARTS=restarts, LOG="/dev/null") as script:
+    folder, _, port = served
+    with telling(tmp_path, served, RESTARTS=restarts) as (script, told):
         for start in range(1 + min(int(restarts), 2)):
             wait_for(lambda: told.read_text().count("ready: ") == start + 1)  # noqa: B023
             if (restarts, start) == ("3", 1):
                 (folder / "dies").write_text("0.2")
             kill_server(port)
-        _, said = script.communicate(timeout=60)
+        script.communicate(timeout=60)
+    said = told.read_text()
     assert script.returncode == 137 and len(called(folder)) == 1 + int(restarts)
     assert ("starting it again, 0 further times" in said) == (restarts != "0")
     assert ("the server ended while it started; starting it again" in said) == (restarts == "3")
 
 
 def test_asked_to_stop_between_two_starts_it_stops(tmp_path, served):
-    folder, environment, port = served
-    told = tmp_path / "told"
-    told.touch()
-    command = f"exec launch/sglang.sh m {port} >{told} 2>&1"
-    with running("bash", "-c", command, **environment, RESTARTS="9", LOG="/dev/null") as script:
+    folder, _, port = served
+    with telling(tmp_path, served, RESTARTS="9") as (script, told):
         wait_for(lambda: "ready: " in told.read_text())
         kill_server(port)
         wait_for(lambda: "starting it again, 8 further times" in told.read_text())

@@ -333,22 +333,19 @@ class Pool:
     async def _give_weights(self, server: Server, mode: str, front: Server | None = None) -> Checksums | None:
         """Make a server use the current weights; what the gateway `front` has under way may be its."""
         async with server.updates:
-            return await self._give_weights_now(server, mode, front)
-
-    async def _give_weights_now(self, server: Server, mode: str, front: Server | None) -> Checksums | None:
-        published = self.current
-        assert published is not None
-        there = str(published.folder.absolute())
-        if self.config.weights_folder_there:
-            here = Path(self.config.weights_folder) if self.config.weights_folder else published.folder.parent
-            there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.relative_to(here)}"
-        inspect = partial(probe_flags, server.url, needs=self.needs)
-        self._reading[server] = published.folder
-        asked = [server] if front is None else [server, front]
-        try:
-            return await update(server, published, there, mode, self.config.update_s, inspect, asked)
-        finally:
-            del self._reading[server]
+            published = self.current
+            assert published is not None
+            there = str(published.folder.absolute())
+            if self.config.weights_folder_there:
+                here = Path(self.config.weights_folder) if self.config.weights_folder else published.folder.parent
+                there = f"{self.config.weights_folder_there.rstrip('/')}/{published.folder.relative_to(here)}"
+            inspect = partial(probe_flags, server.url, needs=self.needs)
+            self._reading[server] = published.folder
+            asked = [server] if front is None else [server, front]
+            try:
+                return await update(server, published, there, mode, self.config.update_s, inspect, asked)
+            finally:
+                del self._reading[server]
 
     async def _bring_back(self, server: Server, kind: str) -> None:
         """Look at a server until it may be asked again.
