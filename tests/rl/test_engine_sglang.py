@@ -727,13 +727,13 @@ def test_an_update_may_take_longer_than_any_patience(tmp_path, params, monkeypat
 
     with (
         double(seconds_per_token=0.01) as a,
-        engine(tmp_path, a, update_mode=mode, stall_s=0.5, patience_s=1.0) as made,
+        engine(tmp_path, a, update_mode=mode, stall_s=1.5, patience_s=2.0) as made,
     ):
         made.set_weights(params[0], 0)
         digests, load = served(made, 0), a._load
 
         async def slow(body, waited):
-            await asyncio.sleep(2.0)
+            await asyncio.sleep(4.0)
             return await load(body, waited)
 
         monkeypatch.setattr(a, "_load", slow)
