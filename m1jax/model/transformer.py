@@ -78,6 +78,7 @@ class Period(nn.Module):
     """The layers of one period, each run of equal kind under its own scan."""
 
     config: ModelConfig
+    drawn: bool = False
 
     @nn.compact
     def __call__(self, h_MD, slopes_by_run, _, recorded_by_run, where: Where):
@@ -86,7 +87,7 @@ class Period(nn.Module):
         layer = Layer if keep is None else nn.remat(Layer, prevent_cse=False, policy=keep)
         routers = []
         for i, (kind, count) in enumerate(c.runs):
-            run = _scanned(layer, count, "layers", self.is_initializing())(c, kind, name=f"{i}_{kind}")
+            run = _scanned(layer, count, "layers", self.drawn)(c, kind, name=f"{i}_{kind}")
             h_MD, (_, router) = run(h_MD, slopes_by_run[i], None, recorded_by_run[i], where)
             routers.append(router)
         return h_MD, tuple(routers)
@@ -96,6 +97,7 @@ class Decoder(nn.Module):
     """Embedding, periods, final norm; it owns the head's weight but does not apply it (see `head`)."""
 
     config: ModelConfig
+    drawn: bool = False  # initial parameters are, with their values and not only their shapes
 
     @nn.compact
     def __call__(self, tokens_BT, recorded_LMA, where: Where):
@@ -106,7 +108,7 @@ class Decoder(nn.Module):
             parameter(self, "head", (D, V), ("embed", "vocab"), c.param_dtype, init, c.mesh)
 
         h_MD = embedded(table_VD, tokens_BT, c)
-        periods = _scanned(Period, c.num_periods, "periods", self.is_initializing())(c, name="periods")
+        periods = _scanned(Period, c.num_periods, "periods", self.drawn)(c, self.drawn, name="periods")
         h_MD, routers = periods(h_MD, _slopes_by_run(c), None, _by_run(c, recorded_LMA), where)
         return RMSNorm(c, c.norm_eps, name="norm_final")(h_MD), routers
 
@@ -178,7 +180,7 @@ def by_layer(params: Params, config: ModelConfig) -> Params:
     return {**{name: x for name, x in params.items() if name != "periods"}, "layers": layers}
 
 
-def _scanned(module: Any, length: int, axis_name: str, initializing: bool) -> Any:
+def _scanned(module: Any, length: int, axis_name: str, drawn: bool) -> Any:
     return nn.scan(
         module,
         length=length,
@@ -187,7 +189,7 @@ def _scanned(module: Any, length: int, axis_name: str, initializing: bool) -> An
         in_axes=(0, 0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]  # one per argument is fine
         # A check that traces everything once more, here twice nested: four times. Initial parameters are drawn with it,
         # since a seed would draw others without.
-        check_constancy_invariants=initializing,
+        check_constancy_invariants=drawn,
         metadata_params={nn.PARTITION_NAME: axis_name},
     )
 
@@ -217,20 +219,30 @@ def _by_run(config: ModelConfig, x_L: jax.Array | None) -> tuple[jax.Array | Non
     return tuple(jnp.split(x_L.reshape(config.num_periods, -1, *x_L.shape[1:]), ends[:-1], axis=1))
 
 
-def _boxed_init(key: jax.Array, config: ModelConfig) -> Any:
+def _boxed_init(key: jax.Array, config: ModelConfig, drawn: bool) -> Any:
     one_BT, config = jnp.ones((1, 1), jnp.int32), dataclasses.replace(config, mesh=ONE)  # of whole parameters
-    return Decoder(config).init(key, one_BT, None, without_cache(one_BT, config.mesh))["params"]
+    return Decoder(config, drawn).init(key, one_BT, None, without_cache(one_BT, config.mesh))["params"]
 
 
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Parameters drawn N(0, init_std), norms 1, as a tree of plain arrays stacked [periods, run, ...]."""
-    return nn.meta.unbox(_boxed_init(key, config))
+    return nn.meta.unbox(_boxed_init(key, config, drawn=True))
+
+
+@functools.cache
+def _boxed_shapes(config: ModelConfig) -> Any:
+    return jax.eval_shape(lambda key: _boxed_init(key, config, drawn=False), jax.random.key(0))
+
+
+def shapes(config: ModelConfig) -> Params:
+    """The tree of `init` with shape and dtype of every parameter; nothing is drawn."""
+    return nn.meta.unbox(_boxed_shapes(config))
 
 
 @functools.cache
 def logical_axes(config: ModelConfig) -> Any:
     """The tree of `init` with, for every parameter, its PartitionSpec of logical axis names."""
-    return nn.get_partition_spec(jax.eval_shape(lambda key: _boxed_init(key, config), jax.random.key(0)))
+    return nn.get_partition_spec(_boxed_shapes(config))
 
 
 def parameter_specs(config: ModelConfig) -> Any:

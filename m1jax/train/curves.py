@@ -92,10 +92,17 @@ def draw_curves(
         return False
     columns = min(3, len(chosen))
     lines = -(-len(chosen) // columns)
-    figure = Figure(figsize=(4.6 * columns, 2.9 * lines + (0.4 if title else 0)), layout="constrained", dpi=110)
+    width, height = 4.6 * columns, 2.9 * lines + (0.4 if title else 0.0)  # inches, as all of these
+    figure = Figure(figsize=(width, height), dpi=110)
     FigureCanvasAgg(figure)
+    # Room for ticks and titles by hand: a layout engine would draw everything once more to measure it.
+    side, below, above, gap = 0.62, 0.5, 0.35 + (0.4 if title else 0.0), 0.65
+    inside = (width - side - 0.2 - gap * (columns - 1)) / columns, (height - below - above - gap * (lines - 1)) / lines
+    figure.subplots_adjust(
+        side / width, below / height, 1 - 0.2 / width, 1 - above / height, gap / inside[0], gap / inside[1]
+    )
     if title:
-        figure.suptitle(title, fontsize=12, fontweight="bold")
+        figure.suptitle(title, fontsize=12, fontweight="bold", y=1 - 0.12 / height)
     colors: dict[str, str] = {}  # what a `*` stands for, a task say, has one color on the whole page
     for place, (panel, curves) in enumerate(chosen, 1):
         axes = figure.add_subplot(lines, columns, place)

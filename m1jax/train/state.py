@@ -53,7 +53,7 @@ def init_state(
         if given is None:
             params = transformer.init(init_key, config)
         else:
-            params = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), given, _wanted_params(config))
+            params = jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), given, transformer.shapes(config))
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32), run_key)
 
     laid_out = placed(mesh, state_specs(config, optimizer))
@@ -66,7 +66,7 @@ def init_state(
 def state_specs(config: ModelConfig, optimizer: optax.GradientTransformation) -> Any:
     """The PartitionSpec of every array of a state: moments lie where their parameters do."""
     params = transformer.parameter_specs(config)
-    shapes = jax.eval_shape(optimizer.init, _wanted_params(config))
+    shapes = jax.eval_shape(optimizer.init, transformer.shapes(config))
     moments: Any = optax.tree.map_params(
         optimizer, lambda _, spec: spec, shapes, params, transform_non_params=lambda _: P()
     )
@@ -77,7 +77,7 @@ def check_params(params: Params, config: ModelConfig) -> None:
     """Raise UserError, naming the first parameter, where a tree is not one of this model."""
     have, want = (
         {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, _wanted_params(config)))
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (params, transformer.shapes(config)))
     )
     for name in want | have:
         if have.get(name) != want.get(name):
@@ -85,11 +85,6 @@ def check_params(params: Params, config: ModelConfig) -> None:
                 f"parameter {name}: the checkpoint has shape {have.get(name, 'no such parameter')}, "
                 f"config.model asks for {want.get(name, 'no such parameter')}; use the config.model it was trained with"
             )
-
-
-def _wanted_params(config: ModelConfig) -> Params:
-    """Shape and dtype of every parameter of this model."""
-    return jax.eval_shape(lambda key: transformer.init(key, config), jax.random.key(0))
 
 
 def apply_gradients(
