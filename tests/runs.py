@@ -6,6 +6,7 @@ differ within groups and every update has something to learn from.
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ MODEL = dict(
     experts_per_token=2, expert_dim=8, lightning_alpha=1.4, softmax_alpha=1.4, mlp_alpha=1.4, init_std=0.1,
     layer_pattern=("lightning", "softmax"), lightning_chunk=16, attention_block=16,
 )  # fmt: skip
+
+ONE_LAYER = MODEL | dict(num_layers=1, layer_pattern=("softmax",), num_experts=0, experts_per_token=0)
 
 
 def parity(answer: str, row: dict[str, Any]) -> float:
@@ -76,10 +79,27 @@ def sft_values(**changes: Any) -> dict[str, Any]:
     ), changes)  # fmt: skip
 
 
+@functools.cache
+def trace_once() -> None:
+    """From now on, runs of this process share the programs of runs with equal settings: tracing is most of their time.
+
+    Not for a test that puts other code in place of what is traced.
+    """
+    from m1jax.rl import engine_local, run
+    from m1jax.train import sft
+
+    for module, name in (
+        (run, "make_optimizer"), (run, "make_update"), (run, "make_frozen_logprobs"), (engine_local, "make_sampler"),
+        (sft, "make_optimizer"), (sft, "make_supervised_update"),
+    ):  # fmt: skip
+        setattr(module, name, functools.cache(getattr(module, name)))
+
+
 def rl_config(folder: Path, **changes: Any):
     from m1jax.config import build
     from m1jax.rl.settings import RLConfig
 
+    trace_once()
     return build(RLConfig, rl_values(folder, **changes))
 
 
@@ -87,6 +107,7 @@ def sft_config(**changes: Any):
     from m1jax.config import build
     from m1jax.train.sft import SFTConfig
 
+    trace_once()
     return build(SFTConfig, sft_values(**changes))
 
 

@@ -62,15 +62,15 @@ class LocalEngine:
         sizes = on_mesh(config, mesh).mesh
         sizes = dataclasses.replace(sizes, data=1, fsdp=1, context=1)  # between these nothing is said
         self.config, self.mesh = dataclasses.replace(config, mesh=sizes), mesh
-        self.specs = jax.tree.map(_gathered, parameter_specs(config))
+        self.specs = _specs(config)
         self.prompt_tokens, self.rows = prompt_tokens, rows
-        self.stop_ids, self.record_experts = tuple(stop_ids), record_experts
+        self.record_experts = record_experts
         self.params: Params = None
         self.version = -1
         self.stopped: Callable[[], bool] = lambda: False  # asked between calls of the devices
         self._kept: Params = None  # the parameters again, which no update writes over
         self._behind: ThreadPoolExecutor | None = None
-        self._sample = jax.jit(self._sample_shards, static_argnames=("sampling", "responses", "record"))
+        self._sample = make_sampler(self.config, tuple(stop_ids), mesh)
         self._gather = jax.jit(partial(computed_with, dtype=config.dtype), out_shardings=placed(mesh, self.specs))
 
     def set_weights(self, params: Params, version: int) -> None:
@@ -160,17 +160,6 @@ class LocalEngine:
                 )
         return rollouts
 
-    def _sample_shards(self, params, tokens_PT, segment_ids_PT, prompt_index_P, seed, *, sampling, responses, record):
-        """`sample` with the prompts dealt out to the devices, each of which decodes its own rows to their end."""
-        local = partial(
-            sample, config=self.config, sampling=sampling, responses=responses, stop_ids=self.stop_ids, record=record
-        )
-        rows, mesh = P(ROWS), self.mesh
-        shard = jax.shard_map(
-            local, mesh=mesh, in_specs=(self.specs, rows, rows, rows, P()), out_specs=rows, check_vma=False
-        )
-        return shard(params, tokens_PT, segment_ids_PT, prompt_index_P, seed)
-
     def _pad(self, prompts: Sequence[Prompt], count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tokens_PT = np.zeros((count, self.prompt_tokens), np.int32)
         segment_ids_PT = np.zeros((count, self.prompt_tokens), np.int32)
@@ -186,6 +175,20 @@ class LocalEngine:
             segment_ids_PT[p, :length] = 1
             index_P[p] = prompt.index
         return tokens_PT, segment_ids_PT, index_P
+
+
+def make_sampler(config: ModelConfig, stop_ids: tuple[int, ...], mesh: Mesh) -> Callable[..., Any]:
+    """`sample`, jitted, with the prompts dealt out to the devices, each of which decodes its own rows to their end."""
+    rows = P(ROWS)
+
+    @partial(jax.jit, static_argnames=("sampling", "responses", "record"))
+    def sample_shards(params, tokens_PT, segment_ids_PT, prompt_index_P, seed, *, sampling, responses, record):
+        local = partial(sample, config=config, sampling=sampling, responses=responses, stop_ids=stop_ids, record=record)
+        specs = _specs(config), rows, rows, rows, P()
+        shard = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+        return shard(params, tokens_PT, segment_ids_PT, prompt_index_P, seed)
+
+    return sample_shards
 
 
 def sample(
@@ -289,6 +292,11 @@ def computed_with(params: Params, dtype: str) -> Params:
         return x if names[0] == head or names[-1] in ("router", "scale") else x.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(narrowed, params)
+
+
+def _specs(config: ModelConfig) -> Any:
+    """Where the engine's parameters lie."""
+    return jax.tree.map(_gathered, parameter_specs(config))
 
 
 def _gathered(spec: P) -> P:

@@ -1,31 +1,37 @@
-"""A run in a process of its own, to be killed: python -m tests.rl.resume_child FOLDER RUN [section__key=int ...]
+"""A run in a process of its own, to be killed. Such processes are forked from one that has imported everything."""
 
-Prints the name of every stage as it begins, so that the parent can choose its moment.
-"""
+from __future__ import annotations
 
+import os
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from experiments import cli
+from m1jax.rl.loop import train
 from m1jax.train.clock import Clock
 from tests import runs
 
 
-def main() -> None:
-    folder, run = Path(sys.argv[1]), sys.argv[2]
-    changes = {key: int(value) for key, value in (word.split("=") for word in sys.argv[3:])}
+def config(folder: Path, **changes: Any):
+    """One layer, since what is saved and restored hangs on no kind of it."""
+    return runs.rl_config(folder, model=dict(runs.ONE_LAYER), init_from=str(folder / "bigram"), **changes)
+
+
+def run(folder: Path, name: str, stages: Connection, errors: Path, changes: dict[str, Any]) -> None:
+    """Train in `folder / name`; sends the name of every stage as it begins, so that the parent can choose its moment.
+
+    As an entry point it exits with a code, and says on stderr, here a file, why.
+    """
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     stage = Clock.stage
 
     def announced(self, name):
-        print(f"stage {name}", flush=True)
+        stages.send(name)
         return stage(self, name)
 
     Clock.stage = announced
-    print("stage start", flush=True)
-    from m1jax.rl.loop import train
-
-    train(runs.rl_config(folder, init_from=str(folder / "bigram"), **changes), folder / run)
-
-
-if __name__ == "__main__":
-    sys.exit(cli.guard(main, resume="THE COMMAND"))
+    stages.send("start")
+    made = config(folder, **changes)
+    sys.exit(cli.guard(lambda: train(made, folder / name, log=lambda _: None), resume="THE COMMAND"))

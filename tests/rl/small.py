@@ -23,6 +23,13 @@ def config(dtype: str = "float32") -> ModelConfig:
     )  # fmt: skip
 
 
+def one_layer(dtype: str = "float32") -> ModelConfig:
+    """The least that has log-probabilities: softmax attention and one MLP for all tokens."""
+    return dataclasses.replace(
+        config(dtype), num_layers=1, layer_pattern=("softmax",), num_experts=0, experts_per_token=0
+    )
+
+
 _init = jax.jit(transformer.init, static_argnums=1)
 logprobs = jax.jit(token_logprobs, static_argnums=(1, 4))
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,27 +24,49 @@ from m1jax.train.checkpoint import restore_params, steps
 from m1jax.train.interrupt import Interrupted
 from m1jax.train.report import load_run
 from tests import runs
+from tests.rl import resume_child
 
-ROOT = Path(__file__).parents[2]
 CONSTANT = (
     "reward/", "rollout/", "sampling/", "train/", "ratio/", "rare/", "mismatch/", "gradient/", "optimizer/", "heldout/",
 )  # fmt: skip
 """Metrics that do not measure time."""
 
 
-def start(folder: Path, run: str, *changes: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tests.rl.resume_child", str(folder), run, *changes]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.rl.resume_child"])  # imports take longer than the run
 
 
-def wait_for(child: subprocess.Popen, stage: str, occurrence: int = 1) -> bool:
-    """Return when the child enters the stage for that time; False where it ended first."""
-    assert child.stdout is not None
-    for line in child.stdout:
-        occurrence -= line == f"stage {stage}\n"
-        if occurrence == 0:
-            return True
-    return False
+@dataclass
+class Child:
+    """A run in a process of its own (`tests.rl.resume_child`)."""
+
+    process: BaseProcess
+    stages: Connection
+    errors: Path
+
+    def reaches(self, stage: str, occurrence: int = 1) -> bool:
+        """Return when it enters the stage for that time; False where it ended first."""
+        while occurrence:
+            try:
+                occurrence -= self.stages.recv() == stage
+            except EOFError:
+                return False
+        return True
+
+    def end(self) -> tuple[int | None, str]:
+        """Its exit code, once it has ended, and what it said on stderr."""
+        self.reaches("its end")  # no stage of this name: until it has closed its end of the pipe
+        self.process.join(120)
+        return self.process.exitcode, self.errors.read_text()
+
+
+def start(folder: Path, run: str, **changes: Any) -> Child:
+    stages, its_end = FORKED.Pipe(duplex=False)
+    errors = folder / f"{run}.stderr"
+    process = FORKED.Process(target=resume_child.run, args=(folder, run, its_end, errors, changes))
+    process.start()
+    its_end.close()
+    return Child(process, stages, errors)
 
 
 def assert_same_run(found: Path, wanted: Path) -> None:
@@ -60,8 +86,8 @@ def assert_same_run(found: Path, wanted: Path) -> None:
 def folder(tmp_path_factory) -> Path:
     """Holds the parameters to start from, and `whole`, a run of three steps that nothing interrupted."""
     folder = tmp_path_factory.mktemp("resume")
-    runs.save_bigram(folder)
-    train(runs.rl_config(folder, init_from=str(folder / "bigram")), folder / "whole", log=lambda _: None)
+    runs.save_bigram(folder, **runs.ONE_LAYER)
+    train(resume_child.config(folder), folder / "whole", log=lambda _: None)
     first, last = restore_params(folder / "bigram")[0], restore_params(folder / "whole")[0]
     assert np.abs(first["head"] - last["head"]).max() > 1e-3, "the run learns, so that equality says something"
     return folder
@@ -71,36 +97,34 @@ def test_killed_before_the_first_checkpoint_and_after_it(folder):
     """The first kill leaves a claimed folder without a checkpoint: the second start must take `init_from` again."""
     for stage, occurrence in (("evaluate", 1), ("update", 2)):
         child = start(folder, "killed")
-        assert wait_for(child, stage, occurrence)
-        child.kill()
-        assert child.wait() == -signal.SIGKILL
+        assert child.reaches(stage, occurrence)
+        child.process.kill()
+        assert child.end()[0] == -signal.SIGKILL
     assert steps(folder / "killed" / "checkpoints"), "the second process got beyond a batch boundary"
-    result = train(runs.rl_config(folder, init_from=str(folder / "bigram")), folder / "killed", log=lambda _: None)
+    result = train(resume_child.config(folder), folder / "killed", log=lambda _: None)
     assert_same_run(result.folder, folder / "whole")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_asked_to_stop_it_saves_the_step_and_prints_the_line_that_resumes(folder, number, code):
     """With checkpoint.every = 100 nothing but the signal saves after step 0."""
-    changes, run = ("checkpoint__every=100",), number.name
-    child = start(folder, run, *changes)
-    assert wait_for(child, "update")
-    child.send_signal(number)
-    out, err = child.communicate(timeout=120)
-    assert (child.returncode, err) == (code, "stopped and saved; resume with: THE COMMAND\n")
-    assert steps(folder / run / "checkpoints")[-1] == 1 and not (folder / run / "summary.json").exists()
+    child = start(folder, number.name, checkpoint__every=100)
+    assert child.reaches("update")
+    os.kill(child.process.pid, number)
+    assert child.end() == (code, "stopped and saved; resume with: THE COMMAND\n")
+    run = folder / number.name
+    assert steps(run / "checkpoints")[-1] == 1 and not (run / "summary.json").exists()
     lines: list[str] = []
-    config = runs.rl_config(folder, init_from=str(folder / "bigram"), checkpoint__every=100)
-    train(config, folder / run, log=lines.append)
-    assert f"resumed {folder / run} after step 1 of 3" in lines
-    assert_same_run(folder / run, folder / "whole")
+    train(resume_child.config(folder, checkpoint__every=100), run, log=lines.append)
+    assert f"resumed {run} after step 1 of 3" in lines
+    assert_same_run(run, folder / "whole")
 
 
 def test_a_finished_run_does_nothing_again(folder):
     files = [folder / "whole" / name for name in ("metrics.jsonl", "summary.json", "samples.md", "config.json")]
     before = [file.read_bytes() for file in files]
     saved = {p: p.stat().st_mtime_ns for p in (folder / "whole" / "checkpoints").rglob("*")}
-    train(runs.rl_config(folder, init_from=str(folder / "bigram")), folder / "whole", log=lambda _: None)
+    train(resume_child.config(folder), folder / "whole", log=lambda _: None)
     assert [file.read_bytes() for file in files] == before
     assert {p: p.stat().st_mtime_ns for p in (folder / "whole" / "checkpoints").rglob("*")} == saved
 
@@ -128,7 +152,7 @@ def test_supervised_run_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 KILLS = 20
-STAGES = {"start": 6.0, "evaluate": 3.0, "rollout": 3.0, "reward": 0.1, "update": 4.0, "sync": 0.05, "save": 0.3}
+STAGES = {"start": 3.0, "evaluate": 3.0, "rollout": 3.0, "reward": 0.1, "update": 4.0, "sync": 0.05, "save": 0.3}
 """Where a kill may fall, and the seconds after which at most: those of start, evaluate, rollout and update are longer
 than the stage, so that they reach into compilation (the first time) and into what comes next."""
 
@@ -142,17 +166,17 @@ def test_twenty_kills_at_random_moments_change_no_bit(folder):
         child = start(folder, run)
         if len(killed) < KILLS:
             stage = [*STAGES][len(killed) % len(STAGES)]
-            if wait_for(child, stage, rng.choice((1, 1, 2))):
+            if child.reaches(stage, rng.choice((1, 1, 2))):
                 time.sleep(rng.uniform(0, STAGES[stage]))
-            child.kill()
-        _, err = child.communicate(timeout=120)
-        if child.returncode == -signal.SIGKILL:
+            child.process.kill()
+        code, said = child.end()
+        if code == -signal.SIGKILL:
             killed.append(stage)
         else:
-            assert child.returncode == 0, err
+            assert code == 0, said
         if (folder / run / "summary.json").exists():
             json.loads((folder / run / "summary.json").read_text())  # whole, whenever the kill came
-        if child.returncode == 0:
+        if code == 0:
             assert_same_run(folder / run, folder / "whole")
             finished, current = finished + 1, current + 1
     assert set(killed) == set(STAGES)
