@@ -1,11 +1,14 @@
 """What every test shares: the CPU unless told otherwise, programs that compile quickly and are kept between runs."""
 
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
 # The variables, not jax.config: worker processes and entry points that a test starts inherit them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# A shell that runs the suite in the background has it ignore Ctrl-C, and so would all that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # One device here and in every process that a test starts, though an entry point that is imported may wish for more:
 # sums over two devices round otherwise than over one.
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "1")

@@ -103,13 +103,17 @@ def sample_entries(tree: Params, specs: Any = None) -> Entries:
     values, stands_for = [], []
     for x, spec in zip(jax.tree.leaves(tree), jax.tree.leaves(specs) or itertools.repeat(P())):  # noqa: B905
         axes = (*spec, *(None,) * (x.ndim - len(spec)))
-        shape = [n * math.prod(map(jax.lax.axis_size, flat(entry))) for n, entry in zip(x.shape, axes, strict=True)]
+        devices = [math.prod(map(jax.lax.axis_size, flat(entry))) for entry in axes]
+        axes = [entry if d > 1 else None for entry, d in zip(axes, devices, strict=True)]
+        shape = [n * d for n, d in zip(x.shape, devices, strict=True)]
         size, draw = math.prod(shape), np.random.default_rng(0)
-        if size <= GRADIENT_SAMPLE:
-            places = np.unravel_index(np.arange(size), shape)
-        else:
+        if size > GRADIENT_SAMPLE:
             places = [draw.integers(0, n, GRADIENT_SAMPLE) for n in shape]  # by axis: no index overflows
-        taken = _entries(x, places, axes)
+            taken = _entries(x, places, axes)
+        elif any(axes):
+            taken = _entries(x, np.unravel_index(np.arange(size), shape), axes)
+        else:
+            taken = x.reshape(-1)  # gathers of small arrays would be a tenth of what an update compiles
         values.append(taken.astype(jnp.float32))
         stands_for.append(np.full(taken.size, size / taken.size, np.float32))
     return jnp.concatenate(values), jnp.asarray(np.concatenate(stands_for))
