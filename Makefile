@@ -10,7 +10,7 @@ SGLANG_LISTS := m1jax/serving/cpu/requirements.txt m1jax/serving/cpu/requirement
 PYTEST := JAX_PLATFORMS=cpu $(RUN) -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow sglang-env sglang-test lint format study bench bench-kernels
+.PHONY: help setup demo test test-slow test-heavy sglang-env sglang-test lint format study bench bench-kernels
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -21,10 +21,13 @@ demo: setup  ## SFT, then CISPO, then the before/after table: some ten minutes o
 	$(RUN) -m experiments.demo.run --workdir=runs/demo
 
 test: setup  ## the fast suite; TESTS="file ..." for a part of it
-	$(PYTEST) -m "not slow and not gpu and not sglang" $(TESTS)
+	$(PYTEST) -m "not slow and not heavy and not gpu and not sglang" $(TESTS)
 
 test-slow: setup  ## the tests that take longer
 	$(PYTEST) -m "slow and not gpu and not sglang"
+
+test-heavy: setup  ## more losses, splits, devices and meshes than CI has time for
+	$(PYTEST) -m heavy
 
 sglang-env: $(SGLANG_STAMP)  ## an SGLang server for CPUs in $(SGLANG_VENV), 3 GB; SGLANG_VENV=folder overrides
 

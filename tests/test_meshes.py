@@ -93,6 +93,14 @@ def test_over_meshes_the_recorded_gradients_and_identical_updates(tmp_path):
 # One test for each call of eight devices, not one for each mesh: two workers would make every call twice.
 
 
+@pytest.mark.heavy
+def test_over_every_mesh_the_recorded_gradients(tmp_path):
+    every = on_eight_devices(tmp_path / "golden.npz", ["golden"], ["one", *MESHES])
+    for mesh in MESHES:
+        close(every[mesh], every["one"], "golden|", 1e-5)
+        check_recorded(every[mesh])
+
+
 @pytest.mark.slow
 def test_identical_gradients_move_parameters_alike(tmp_path):
     every = on_eight_devices(tmp_path / "adam.npz", ["adam"], ["one", *MESHES])

@@ -108,7 +108,8 @@ def test_recorded_gradients(implementation):
     [
         pytest.param("mosaic_tpu", "m1_tiny", marks=pytest.mark.slow),
         ("mosaic_tpu", "m1_kernel"),
-        ("mosaic_gpu", "m1_kernel"),  # eight layers of its interpreter would take minutes
+        pytest.param("mosaic_gpu", "m1_tiny", marks=pytest.mark.heavy),  # minutes of its interpreter
+        ("mosaic_gpu", "m1_kernel"),
     ],
 )
 def test_in_bfloat16_kernels_are_no_further_from_the_record_than_plain_jax(implementation, name):

@@ -69,10 +69,9 @@ def compute() -> dict[str, np.ndarray]:
     return found
 
 
-def of_every_loss() -> dict[str, np.ndarray]:
-    """The losses differ in what they sum over: one layer will do."""
-    model, rollouts = small.one_layer(), small.rollouts(small.prompts(4))
-    found = {}
+def of_every_loss(model: ModelConfig) -> dict[str, np.ndarray]:
+    """All but `compute`'s."""
+    found, rollouts = {}, small.rollouts(small.prompts(4))
     for name in sorted(set(LOSSES) - {"cispo"}):
         found |= updated(name, model, rollouts)
     return found
@@ -95,19 +94,26 @@ def _named(head: str, tree) -> dict:
 
 
 def test_several_devices_compute_what_one_does(tmp_path):
-    check(4, "compute", compute(), tmp_path)
+    check(4, "compute()", compute(), tmp_path)
 
 
 @pytest.mark.slow
 def test_several_devices_compute_what_one_does_for_every_loss(tmp_path):
-    check(4, "of_every_loss", of_every_loss(), tmp_path)
+    """They differ in what they sum over: one layer will do."""
+    check(4, "of_every_loss(t.small.one_layer())", of_every_loss(small.one_layer()), tmp_path)
 
 
-def check(devices: int, function: str, single: dict[str, np.ndarray], tmp_path: Path) -> None:
+@pytest.mark.heavy
+def test_another_number_of_devices_and_every_loss_over_both_kinds_of_layers(tmp_path):
+    check(2, "compute()", compute(), tmp_path)
+    check(4, "of_every_loss(t.small.config())", of_every_loss(small.config()), tmp_path)
+
+
+def check(devices: int, call: str, single: dict[str, np.ndarray], tmp_path: Path) -> None:
     file = tmp_path / "found.npz"
     program = (
         f"import jax, numpy; from tests.rl import test_multi_device as t; assert jax.device_count() == {devices}; "
-        f"numpy.savez({str(file)!r}, **t.{function}())"
+        f"numpy.savez({str(file)!r}, **t.{call})"
     )
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True, timeout=600)
