@@ -55,7 +55,7 @@ PANELS = (
         ("router/load_largest_over_mean", "router/load_largest_over_mean_worst_layer"),
     ),
     Panel(
-        "Experts of the engine that the trainer would not choose (share)",
+        "Experts the trainer would not choose (share)",
         ("router/replay_differs", "router/replay_differs_later_updates"),
     ),
     Panel("Age of tokens (generation batches)", ("rollout/staleness_mean", "rollout/staleness_largest")),

@@ -148,3 +148,27 @@ def test_curves_carry_the_error_bars(tmp_path, monkeypatch):
     curves.draw_curves(tmp_path / "curves.png", rows)
     [(x, y, [below, above])] = drawn
     assert (x, y) == ([7], [0.5]) and below == pytest.approx([0.1]) and above == pytest.approx([0.2])
+
+
+@pytest.mark.parametrize("title", ["", "a run"])
+def test_panels_and_what_is_written_around_them_have_room(tmp_path, monkeypatch, title):
+    """Alone on the page, in a row, and all of them, with numbers as long as they come."""
+    from matplotlib.figure import Figure
+
+    from m1jax.train import curves
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k)))
+    names = [panel.patterns[0].replace("*", "sums") for panel in curves.PANELS]
+    for count in (1, 3, len(names)):
+        rows = [{"step": step, **dict.fromkeys(names[:count], -0.02345 * step)} for step in (1, 2000)]
+        assert curves.draw_curves(tmp_path / "curves.png", rows, title)
+        figure = drawn.pop()
+        page, boxes = figure.bbox, [axes.get_tightbbox() for axes in figure.axes]
+        assert len(boxes) == count
+        if title:
+            boxes.append(figure._suptitle.get_window_extent())
+        for i, box in enumerate(boxes):
+            assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+            assert not any(box.overlaps(other) for other in boxes[:i])
